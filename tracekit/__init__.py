@@ -1,0 +1,62 @@
+"""tracekit: what does a Mixture-of-Experts model's routing, on this workload, allow?
+
+It keeps per-token, per-layer expert ids in one open Parquet store and measures how many experts a verification window
+loads, how far below independence that is, why, and how long the correlation lasts.
+
+Everything here is loaded when it is first used, so that ``import tracekit`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Store": "store",
+    "TraceInfo": "store",
+    "TracekitError": "errors",
+    "TracekitWarning": "errors",
+    "attribution": "analysis",
+    "autocorr": "analysis",
+    "ingest": "store",
+    "load": "analysis",
+    "measure": "analysis",
+    "windows": "analysis",
+}
+
+if TYPE_CHECKING:
+    from tracekit.analysis import attribution as attribution
+    from tracekit.analysis import autocorr as autocorr
+    from tracekit.analysis import load as load
+    from tracekit.analysis import measure as measure
+    from tracekit.analysis import windows as windows
+    from tracekit.errors import TracekitError as TracekitError
+    from tracekit.errors import TracekitWarning as TracekitWarning
+    from tracekit.store import Store as Store
+    from tracekit.store import TraceInfo as TraceInfo
+    from tracekit.store import ingest as ingest
+
+
+def open(path: str) -> Store:  # noqa: A001 - the natural name for it: tk.open("…")
+    """Open a store.
+
+    Raises
+    ------
+    StoreError
+        The directory is not a store, or its schema is newer than this version reads.
+    """
+    from tracekit.store import Store
+
+    return Store(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"tracekit.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'tracekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

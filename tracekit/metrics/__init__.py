@@ -1,0 +1,1 @@
+"""Routing metrics: streaming, mergeable counts and the frames that are finalised from them."""

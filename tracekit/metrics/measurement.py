@@ -1,0 +1,214 @@
+"""One pass over a trace's routing, and the frames that are finalised from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracekit.errors import UnsupportedError, UsageError
+from tracekit.metrics.attribution import telescope
+from tracekit.metrics.intervals import Interval, jackknife
+from tracekit.metrics.ladder import ladder
+from tracekit.metrics.load import balance
+from tracekit.metrics.replicates import Replicates, layer_mean
+from tracekit.metrics.state import MIN_REQUESTS, ROUGH_REQUESTS, Accumulator, Cells, Spec, phase_tokens
+from tracekit.schema import BASELINES, Phase, TraceMeta
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tracekit.store import Block
+
+
+def resolve_phase(requests: pl.DataFrame, phase: Phase | None) -> Phase:
+    """Return the phase to measure: the one asked for, else decode where the trace knows it, else what there is.
+
+    Raises
+    ------
+    UnsupportedError
+        The trace has no rows of the phase asked for, or does not know its phases.
+    """
+    if phase == "all":
+        return phase
+    known = requests["n_decode"].null_count() < requests.height
+    has = {p: known and bool((phase_tokens(requests, p) > 0).any()) for p in ("decode", "prefill")}
+    if phase is None:
+        return "decode" if has["decode"] else "prefill" if has["prefill"] else "all"
+    if not has[phase]:
+        reason = f"no {phase} tokens in this trace" if known else "the trace does not say which rows are prompt and which decode"
+        raise UnsupportedError(reason, remedy="Use --phase all, or ingest it again with a prompt length or --phase")
+    return phase
+
+
+def caveats(requests: pl.DataFrame, spec: Spec) -> list[str]:
+    """Return what the reader of a result should know about it, in sentences."""
+    notes = []
+    unknown = requests["n_decode"].null_count()
+    if spec.phase != "all" and unknown:
+        notes.append(f"{unknown} of {requests.height} requests do not say which rows are decode: left out")
+    sizes = Cells.assign(requests, spec).group_requests
+    if spec.intervals and spec.by != "request" and sizes:
+        under = " under some labels" if spec.by == "label" else ""
+        if min(sizes) < MIN_REQUESTS:
+            notes.append(f"no interval with fewer than {MIN_REQUESTS} requests: there are {min(sizes)}{under}")
+        elif min(sizes) < ROUGH_REQUESTS:
+            notes.append(f"intervals are rough with fewer than {ROUGH_REQUESTS} requests: there are {min(sizes)}{under}")
+    return notes
+
+
+class Measurement:
+    """The sums of one pass over one trace. Its methods return frames; none reads the trace again."""
+
+    def __init__(self, meta: TraceMeta, requests: pl.DataFrame, spec: Spec, blocks: Iterable[Block], threads: int) -> None:
+        """Read ``blocks`` once; ``requests`` are the trace's requests in order."""
+        self.meta, self.spec = meta, spec
+        accumulator = Accumulator(meta, spec, requests, threads)
+        try:
+            for block in blocks:
+                accumulator.add(block)
+        finally:
+            accumulator.close()
+        self.cells, self.state = accumulator.cells, accumulator.state
+
+    def _groups(self) -> Iterator[tuple[Replicates, list[tuple[dict[str, Any], NDArray[np.int64]]]]]:
+        """Yield the sums of each output group with its rows: the group columns and the layers to average over."""
+        every = np.arange(len(self.meta.layers))
+        for g, key in enumerate(self.cells.groups):
+            rows: list[tuple[dict[str, Any], NDArray[np.int64]]] = [({}, every)]
+            if self.spec.by == "layer":
+                rows = [({"layer": layer}, every[i : i + 1]) for i, layer in enumerate(self.meta.layers)]
+            elif self.spec.by:
+                rows = [({"label" if self.spec.by == "label" else "request_id": key}, every)]
+            yield Replicates(self.meta, self.spec, self.cells, self.state, g), rows
+
+    def windows(self, batch_sizes: Iterable[int] = (1,)) -> pl.DataFrame:
+        """Return unique experts per verification window: one row per group, batch size and window length."""
+        batch_sizes = _batch_sizes(batch_sizes)
+        rows: list[dict[str, Any]] = []
+        for r, groups in self._groups():
+            ladders = {b: ladder(r, b) for b in batch_sizes}
+            n_windows = r.state.n_windows[r.members].sum(axis=0)
+            for group, layers in groups:
+                for b in batch_sizes:
+                    columns = self._window_columns({name: layer_mean(v, layers) for name, v in ladders[b].items()})
+                    columns["n_windows"] = n_windows[layers].max(axis=0)
+                    rows += [
+                        {**group, "batch_size": b, "window": t} | {c: v[t - 1].item() for c, v in columns.items()}
+                        for t in range(1, self.spec.max_window + 1)
+                    ]
+        return self._frame("windows", rows)
+
+    def _window_columns(self, rungs: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[Any]]:
+        """Return the columns of one group and batch size, ``[T]`` each, from rungs ``[replicates, T]``."""
+        observed = rungs["observed"]
+        columns = _columns("observed", jackknife(observed))
+        columns["per_top_k"] = observed[0] / self.meta.top_k
+        for name in BASELINES:
+            columns[f"expected_{name}"] = rungs[name][0]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                reduction = jackknife(1 - observed / rungs[name])
+            columns |= _columns(f"reduction_{name}", reduction, bias=True)
+        return columns
+
+    def autocorr(self) -> pl.DataFrame:
+        """Return temporal autocorrelation of routing: one row per group and lag."""
+        rows: list[dict[str, Any]] = []
+        k = self.meta.top_k
+        shared = np.arange(1, k + 1)
+        s = self.state
+        for r, groups in self._groups():
+            overlap = r.ratio(s.overlap_counts @ shared / k, s.n_pairs)
+            request = r.ratio(s.request_overlap_sum, s.n_pairs)[:1]
+            counts = r.counts()[:1]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                popularity = (np.square(counts / r.tokens(counts)[..., None]).sum(axis=-1) / k)[..., None]
+            pairs = r.total(s.n_pairs)[:1]
+            pair_counts = r.total(s.overlap_counts)[:1]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                per_pair = {
+                    "jaccard": pair_counts @ (shared / (2 * k - shared)) / pairs,
+                    "any_shared": pair_counts.sum(axis=-1) / pairs,
+                    "rank0_repeat": r.total(s.rank0_repeats)[:1] / pairs,
+                }
+            if self.meta.router_order is not True:
+                per_pair["rank0_repeat"] = np.full_like(per_pair["rank0_repeat"], np.nan)
+            for group, layers in groups:
+                mean = layer_mean(overlap, layers)
+                by_popularity = np.broadcast_to(layer_mean(popularity, layers)[0], mean[0].shape)
+                by_request = layer_mean(request, layers)[0]
+                columns: dict[str, NDArray[Any]] = {
+                    "n_pairs": pairs[0, layers].max(axis=0),
+                    **_columns("overlap", jackknife(mean)),
+                    "expected_uniform": np.full_like(by_request, k / self.meta.num_experts),
+                    "expected_popularity": by_popularity,
+                    "expected_request": by_request,
+                    "rho": _coefficient(mean[0], by_popularity),
+                    "rho_request": _coefficient(mean[0], by_request),
+                    **{name: layer_mean(value, layers)[0] for name, value in per_pair.items()},
+                }
+                rows += [
+                    {**group, "lag": d} | {c: v[d - 1].item() for c, v in columns.items()}
+                    for d in range(1, self.spec.max_lag + 1)
+                ]
+        return self._frame("autocorr", rows)
+
+    def attribution(self, window: int) -> pl.DataFrame:
+        """Return what the reduction at one window length is made of: one row per group and cause."""
+        if not 2 <= window <= self.spec.max_window:
+            raise UsageError(f"a window of {window} tokens", expected=f"2 to {self.spec.max_window}")
+        rows: list[dict[str, Any]] = []
+        for r, groups in self._groups():
+            rungs = ladder(r)
+            for group, layers in groups:
+                means = {name: layer_mean(v, layers)[:, window - 1] for name, v in rungs.items()}
+                rows += [{**group, "window": window} | row for row in telescope(means)]
+        return self._frame("attribution", rows)
+
+    def load(self) -> pl.DataFrame:
+        """Return popularity and balance of the experts: one row per layer, and per label where it was measured so."""
+        rows: list[dict[str, Any]] = []
+        for g, key in enumerate(self.cells.groups):
+            r = Replicates(self.meta, self.spec, self.cells, self.state, g)
+            if self.spec.by == "label":
+                counts, group = self.state.counts[r.label_pools()[1]].sum(axis=0), {"label": key}
+            else:
+                counts, group = self.state.counts.sum(axis=0), {}
+            measured = balance(counts, self.meta.top_k)
+            rows += [
+                {"layer": layer, **group} | {name: value[i].item() for name, value in measured.items()}
+                for i, layer in enumerate(self.meta.layers)
+            ]
+        return self._frame("load", rows)
+
+    def _frame(self, kind: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
+        """Return rows as a frame with every column of the result's schema, NaN as null."""
+        import polars as pl
+
+        from tracekit.store import results
+
+        fixed = {"phase": self.spec.phase, "by": self.spec.by or "trace", "overlapping": self.spec.overlapping}
+        schema = {name: getattr(pl, kind_) for name, kind_ in results.columns(kind).items()}
+        frame = pl.DataFrame([fixed | row for row in rows], schema=schema)
+        return frame.with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+def _batch_sizes(sizes: Iterable[int]) -> list[int]:
+    sizes = list(dict.fromkeys(sizes))
+    wrong = [b for b in sizes if b < 1]
+    if wrong or not sizes:
+        raise UsageError(f"batch size {wrong[0]}" if wrong else "no batch size", expected="at least 1")
+    return sizes
+
+
+def _columns(name: str, interval: Interval, *, bias: bool = False) -> dict[str, NDArray[np.float64]]:
+    columns = {name: interval.estimate, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
+    return columns | ({f"{name}_bias": interval.bias} if bias else {})
+
+
+def _coefficient(overlap: NDArray[np.float64], baseline: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (overlap - baseline) / (1 - baseline)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(baseline < 1, (overlap - baseline) / (1 - baseline), np.nan)

@@ -1,0 +1,121 @@
+"""One output group's sums, in full and with every jackknife group left out in turn."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracekit.metrics.kernels import expected_unique
+from tracekit.metrics.state import MIN_REQUESTS, Cells, Spec, State
+from tracekit.schema import TraceMeta
+
+
+class Replicates:
+    """The sums of one output group; axis 0 of everything is replicate, 0 for the plain total."""
+
+    def __init__(self, meta: TraceMeta, spec: Spec, cells: Cells, state: State, group: int) -> None:
+        self.meta, self.spec, self.cells, self.state, self.group = meta, spec, cells, state, group
+        self.requests = cells.group_requests[group]
+        self.members = np.flatnonzero(cells.cell_group == group)
+        wanted = spec.intervals and spec.by != "request" and self.requests >= MIN_REQUESTS
+        self.left_out = self.members if wanted else self.members[:0]
+
+    def __len__(self) -> int:
+        return 1 + len(self.left_out)
+
+    def total(self, sums: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Sum the group's cells of ``[C, …]``: ``[replicates, …]``."""
+        total = sums[self.members].sum(axis=0)
+        return np.concatenate([total[None], total[None] - sums[self.left_out]])
+
+    def ratio(self, sums: NDArray[np.generic], weights: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return total(sums) / total(weights), NaN where there is no weight."""
+        denominator = self.total(weights).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(denominator > 0, self.total(sums) / denominator, np.nan)
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return the tokens that chose each expert in the whole trace, ``[replicates, L, N]``.
+
+        Popularity is the trace's under every grouping; only the left-out requests are this group's.
+        """
+        total = self.state.counts.sum(axis=0)
+        out = np.repeat(total[None], len(self), axis=0)
+        for i, cell in enumerate(self.left_out, 1):
+            out[i] -= self.state.counts[self.cells.count_cell_of == cell].sum(axis=0)
+        return out
+
+    def tokens(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the tokens behind ``[…, N]`` counts: each token chose k experts."""
+        return np.asarray(counts.sum(axis=-1) / self.meta.top_k, np.float64)
+
+    def label_pools(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the labels of the group and the count cells that make them up."""
+        cell_of = self.cells.count_cell_of
+        if self.spec.by == "request":
+            request = np.flatnonzero(self.cells.cell == self.members[0])[0]
+            label = self.cells.count_label[self.cells.count_cell[request]]
+            return np.array([label]), np.flatnonzero(self.cells.count_label == label)
+        here = np.flatnonzero(np.isin(cell_of, self.members))
+        return np.unique(self.cells.count_label[here]), here
+
+    def label_union(self) -> NDArray[np.float64]:
+        """Return the unique experts expected from each label's popularity, ``[replicates, L, T]``.
+
+        Labels weigh by their windows. All NaN where no request has a label.
+        """
+        shape = (len(self), len(self.meta.layers), self.spec.max_window)
+        if not self.cells.labels:
+            return np.full(shape, np.nan)
+        labels, here = self.label_pools()
+        expected = np.zeros(shape)
+        weight = np.zeros(shape)
+        for label in labels:
+            pool = here[self.cells.count_label[here] == label]
+            counts = self.state.counts[pool].sum(axis=0)
+            windows = self.state.label_windows[pool].sum(axis=0)
+            with_label = self._weighted_union(counts, windows)
+            expected += with_label
+            weight += windows
+            for i, cell in enumerate(self.left_out, 1):
+                for c in pool[self.cells.count_cell_of[pool] == cell]:
+                    left = windows - self.state.label_windows[c]
+                    expected[i] += self._weighted_union(counts - self.state.counts[c], left) - with_label
+                    weight[i] -= self.state.label_windows[c]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(weight > 0, expected / weight, np.nan)
+
+    def _weighted_union(self, counts: NDArray[np.int64], windows: NDArray[np.int64]) -> NDArray[np.float64]:
+        union = expected_unique(counts, self.tokens(counts), self.spec.max_window)
+        return np.where(windows > 0, union * windows, 0.0)
+
+    def label_presence(self, replicate: int) -> NDArray[np.float64]:
+        """Return the share of windows that contain each expert by the labels' popularity, ``[L, T, N]``."""
+        labels, here = self.label_pools()
+        if replicate:
+            here = here[self.cells.count_cell_of[here] != self.left_out[replicate - 1]]
+        shape = (len(self.meta.layers), self.spec.max_window, self.meta.num_experts)
+        share, weight = np.zeros(shape), np.zeros((*shape[:2], 1))
+        for label in labels:
+            pool = here[self.cells.count_label[here] == label]
+            windows = self.state.label_windows[pool].sum(axis=0)[..., None]
+            share += np.where(windows > 0, windows * self.presence(self.state.counts[pool].sum(axis=0)), 0.0)
+            weight += windows
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(weight > 0, share / weight, np.nan)
+
+    def presence(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return 1 - (1 - p_e)^T for ``counts[L, N]``: ``[L, T, N]``, NaN where there are no tokens."""
+        tokens = self.tokens(counts)[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            absent = np.where(tokens > 0, np.clip(1 - counts / tokens, 0, 1), np.nan)
+        return 1 - np.cumprod(np.repeat(absent[:, None, :], self.spec.max_window, axis=1), axis=1)
+
+
+def layer_mean(values: NDArray[np.float64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Average ``[replicates, L, X]`` over some layers with equal weight, without those that have no value."""
+    chosen = values[:, layers]
+    here = ~np.isnan(chosen)
+    count = here.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(count > 0, np.where(here, chosen, 0.0).sum(axis=1) / count, np.nan)

@@ -1,0 +1,299 @@
+"""The state of every metric: sums and counts that are accumulated block by block, merged, and finalised.
+
+A state has a fixed size, whatever the length of the trace. Requests are assigned to *cells*; a cell is one jackknife
+group of one output group, so that leaving out a group is a subtraction.
+"""
+
+from __future__ import annotations
+
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracekit.errors import UsageError
+from tracekit.schema import By, Phase, TraceMeta
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tracekit.store import Block
+
+MAX_GROUPS = 200
+"""Jackknife groups at most; more requests than that are grouped by a hash of their id."""
+
+MIN_REQUESTS = 5
+"""Requests below which there is no interval."""
+
+ROUGH_REQUESTS = 30
+"""Requests below which an interval is rough."""
+
+_MAX_STATE_BYTES = 4 << 30
+_NO_LABEL = "(none)"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What one pass over the routing measures."""
+
+    phase: Phase
+    """Which rows count; windows and pairs never cross the border between prefill and decode."""
+    max_window: int = 1
+    """T: window lengths 1 .. T."""
+    max_lag: int = 0
+    """D: lags 1 .. D."""
+    overlapping: bool = True
+    """Sliding windows, or starts 0, T, 2T, … with the tail dropped."""
+    batches: bool = False
+    """Whether batch sizes above 1 will be asked for (needs a count per expert and window length)."""
+    by: By | None = None
+    intervals: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_window < 1:
+            raise UsageError(f"a longest window of {self.max_window} tokens", expected="at least 1")
+        if self.max_lag < 0:
+            raise UsageError(f"a largest lag of {self.max_lag}", expected="at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Which rows of the state each request adds to, and what those rows stand for."""
+
+    groups: tuple[str | None, ...]
+    """Output groups: labels, request ids, or one None."""
+    group_requests: tuple[int, ...]
+    """Requests of each output group."""
+    labels: tuple[str, ...]
+    """Distinct labels; empty where no request has one."""
+    cell: NDArray[np.int64]
+    """``[requests]``: cell of each request, -1 where it has no rows of the phase."""
+    count_cell: NDArray[np.int64]
+    """``[requests]``: count cell of each request."""
+    cell_group: NDArray[np.int64]
+    """``[cells]``: output group."""
+    count_cell_of: NDArray[np.int64]
+    """``[count cells]``: the cell that its requests belong to, -1 where they belong to several."""
+    count_label: NDArray[np.int64]
+    """``[count cells]``: index into ``labels``, -1 without labels."""
+
+    @classmethod
+    def assign(cls, requests: pl.DataFrame, spec: Spec) -> Cells:
+        """Assign requests to cells.
+
+        Parameters
+        ----------
+        requests
+            The trace's requests in order: ``request_id``, ``label``, ``decode_start``, ``n_tokens``, ``n_decode``.
+        """
+        ids = requests["request_id"].to_list()
+        raw = requests["label"].to_list()
+        labelled = any(label is not None for label in raw)
+        names = [_NO_LABEL if label is None else label for label in raw]
+        labels = tuple(sorted(set(names))) if labelled else ()
+        label_index = {name: i for i, name in enumerate(labels)}
+        label_of = np.array([label_index[n] if labelled else -1 for n in names], np.int64)
+        active = phase_tokens(requests, spec.phase) > 0
+
+        if spec.by == "label":
+            if not labelled:
+                raise UsageError("no request of this trace has a label", remedy="Ingest it with --label or --label-fields")
+            keys: list[str | None] = list(names)
+        elif spec.by == "request":
+            keys = list(ids)
+        else:
+            keys = [None] * len(ids)
+        groups = tuple(dict.fromkeys(key for key, here in zip(keys, active, strict=True) if here))
+        if spec.by == "label":
+            groups = tuple(sorted(groups, key=str))
+        group_index = {key: i for i, key in enumerate(groups)}
+        group_of = np.array([group_index.get(key, -1) for key in keys], np.int64)
+        sizes = np.bincount(group_of[active], minlength=len(groups))
+
+        jackknife = np.zeros(len(ids), np.int64)
+        if spec.intervals and spec.by != "request":
+            for g, size in enumerate(sizes):
+                members = np.flatnonzero(active & (group_of == g))
+                if size <= MAX_GROUPS:
+                    jackknife[members] = np.arange(size)
+                else:
+                    jackknife[members] = [_hash(ids[i], spec.seed) % MAX_GROUPS for i in members]
+        cell, cell_keys = _index(np.stack([group_of, jackknife], axis=1), active)
+        # With one output group a request, counts are needed by label only: popularity is the whole trace's.
+        fine = np.zeros_like(cell) if spec.by == "request" else cell
+        count_cell, count_keys = _index(np.stack([fine, label_of], axis=1), active)
+        return cls(
+            groups=groups,
+            group_requests=tuple(int(s) for s in sizes),
+            labels=labels,
+            cell=cell,
+            count_cell=count_cell,
+            cell_group=cell_keys[:, 0],
+            count_cell_of=np.full(len(count_keys), -1) if spec.by == "request" else count_keys[:, 0],
+            count_label=count_keys[:, 1],
+        )
+
+
+def phase_tokens(requests: pl.DataFrame, phase: Phase) -> NDArray[np.int64]:
+    """Return the tokens that each request has in a phase; 0 where its phase is not known."""
+    tokens = requests["n_tokens"].to_numpy().astype(np.int64)
+    if phase == "all":
+        return tokens
+    decode = requests["n_decode"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
+    counted = decode if phase == "decode" else tokens - decode
+    return np.where(decode < 0, 0, counted)
+
+
+def _hash(request_id: str, seed: int) -> int:
+    return zlib.crc32(f"{seed}:{request_id}".encode())
+
+
+def _index(keys: NDArray[np.int64], active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number the distinct active keys; return the number of each row (-1 where inactive) and the keys."""
+    index = np.full(len(keys), -1, np.int64)
+    distinct, inverse = np.unique(keys[active], axis=0, return_inverse=True)
+    index[active] = inverse.reshape(-1)
+    return index, distinct.reshape(-1, keys.shape[1])
+
+
+@dataclass(slots=True)
+class State:
+    """Sums and counts over the requests of each cell. C cells, L layers, T window lengths, D lags."""
+
+    n_windows: NDArray[np.int64]
+    """``[C, L, T]`` windows."""
+    union_sum: NDArray[np.int64]
+    """``[C, L, T]`` unique experts, summed over windows."""
+    request_union_sum: NDArray[np.float64]
+    """``[C, L, T]`` the same, expected under a shuffle of each request's tokens."""
+    n_pairs: NDArray[np.int64]
+    """``[C, L, D]`` pairs of tokens at each lag."""
+    overlap_counts: NDArray[np.int64]
+    """``[C, L, D, k]`` pairs that share exactly v + 1 experts."""
+    rank0_repeats: NDArray[np.int64]
+    """``[C, L, D]`` pairs with the same rank-0 expert."""
+    request_overlap_sum: NDArray[np.float64]
+    """``[C, L, D]`` shared experts over k, expected under a shuffle and summed over pairs."""
+    counts: NDArray[np.int64]
+    """``[count cells, L, N]`` tokens that chose each expert."""
+    label_windows: NDArray[np.int64]
+    """``[count cells, L, T]`` windows."""
+    expert_windows: NDArray[np.int64]
+    """``[C, L, T, N]`` windows that contain each expert, or of length 0."""
+    request_expert_windows: NDArray[np.float64]
+    """The same, expected under a shuffle."""
+
+    @classmethod
+    def empty(cls, meta: TraceMeta, spec: Spec, cells: Cells) -> State:
+        """Return a state with nothing accumulated.
+
+        Raises
+        ------
+        UsageError
+            The state would need more than 4 GiB.
+        """
+        c, cc, n_layers = len(cells.cell_group), len(cells.count_label), len(meta.layers)
+        windows, lags = (c, n_layers, spec.max_window), (c, n_layers, spec.max_lag)
+        per_expert = (c if spec.batches and spec.by != "request" else 0, n_layers, spec.max_window, meta.num_experts)
+        size = 8 * (
+            3 * np.prod(windows, dtype=float)
+            + (4 + meta.top_k) * np.prod(lags, dtype=float)
+            + cc * n_layers * float(meta.num_experts + spec.max_window)
+            + 2 * np.prod(per_expert, dtype=float)
+        )
+        if size > _MAX_STATE_BYTES:
+            raise UsageError(
+                f"these metrics need {size / 2**30:.0f} GiB of memory",
+                expected=f"at most {_MAX_STATE_BYTES / 2**30:.0f}",
+                remedy="Lower --max-window or --max-lag, leave out batch sizes above 1, or use --no-intervals",
+            )
+        return cls(
+            n_windows=np.zeros(windows, np.int64),
+            union_sum=np.zeros(windows, np.int64),
+            request_union_sum=np.zeros(windows),
+            n_pairs=np.zeros(lags, np.int64),
+            overlap_counts=np.zeros((*lags, meta.top_k), np.int64),
+            rank0_repeats=np.zeros(lags, np.int64),
+            request_overlap_sum=np.zeros(lags),
+            counts=np.zeros((cc, n_layers, meta.num_experts), np.int64),
+            label_windows=np.zeros((cc, n_layers, spec.max_window), np.int64),
+            expert_windows=np.zeros(per_expert, np.int64),
+            request_expert_windows=np.zeros(per_expert),
+        )
+
+    def merge(self, other: State) -> None:
+        """Add another state of the same shape to this one."""
+        for field in fields(self):
+            getattr(self, field.name).__iadd__(getattr(other, field.name))
+
+
+class Accumulator:
+    """Adds blocks of routing rows to a state, layers in parallel."""
+
+    def __init__(self, meta: TraceMeta, spec: Spec, requests: pl.DataFrame, threads: int) -> None:
+        from tracekit.metrics import kernels
+
+        self.meta, self.spec = meta, spec
+        self.cells = Cells.assign(requests, spec)
+        self.state = State.empty(meta, spec, self.cells)
+        self._decode_start = requests["decode_start"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
+        self._layer_index = np.full(max(meta.layers) + 1, -1, np.int64)
+        self._layer_index[list(meta.layers)] = np.arange(len(meta.layers))
+        self._threads = max(1, min(threads, len(meta.layers)))
+        self._scan = kernels.scan
+        self._bits = kernels.word_bits(spec.max_lag, spec.max_window)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="tracekit-scan")
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown()
+
+    def add(self, block: Block) -> None:
+        """Accumulate one block."""
+        request, layer, start, length, part = self._phase_runs(block)
+        key = np.stack([request, layer, part], axis=1)
+        first = np.flatnonzero(np.any(key[1:] != key[:-1], axis=1)) + 1
+        first = np.concatenate([[0], first]) if len(key) else first
+        unit_runs = np.stack([first, np.append(first[1:], len(key))], axis=1).reshape(-1, 2)
+        layers = self._layer_index[layer[first]]
+        units = np.stack([layers, self.cells.cell[request[first]], self.cells.count_cell[request[first]]], axis=1)
+        state = [getattr(self.state, field.name) for field in fields(self.state)]
+
+        def work(thread: int) -> None:
+            mine = layers % self._threads == thread
+            self._scan(
+                block.ids,
+                np.ascontiguousarray(units[mine]),
+                np.ascontiguousarray(unit_runs[mine]),
+                start,
+                length,
+                self._bits,
+                self.spec.overlapping,
+                *state,
+            )
+
+        # Threads own disjoint layers, so they write disjoint parts of the one state.
+        list(self._pool.map(work, range(self._threads)))
+
+    def _phase_runs(self, block: Block) -> tuple[NDArray[np.int64], ...]:
+        """Cut the block's runs at the prompt's end and keep those of the phase: request, layer, start, n, part."""
+        runs = block.runs
+        request, layer, row, pos, n = (runs[c] for c in ("request", "layer", "row", "pos", "n"))
+        border = self._decode_start[request]
+        known = border >= 0
+        before = np.where(known, np.clip(border - pos, 0, n), n if self.spec.phase == "all" else 0)
+        after = np.where(known, n - before, 0)
+        pieces: list[tuple[NDArray[Any], ...]] = []
+        if self.spec.phase in ("prefill", "all"):
+            pieces.append((request, layer, row, before, np.zeros_like(n), pos))
+        if self.spec.phase in ("decode", "all"):
+            pieces.append((request, layer, row + before, after, np.ones_like(n), pos))
+        joined = [np.concatenate(columns) for columns in zip(*pieces, strict=True)]
+        keep = joined[3] > 0
+        joined = [column[keep] for column in joined]
+        order = np.lexsort((joined[5], joined[4], joined[1], joined[0]))
+        return tuple(np.ascontiguousarray(column[order]) for column in joined[:5])

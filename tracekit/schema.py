@@ -1,0 +1,89 @@
+"""Names, types and constants that every other module agrees on: the canonical trace and the store's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+"""Version of the store layout; a store with a larger one is refused."""
+
+Phase = Literal["decode", "prefill", "all"]
+IdSpace = Literal["logical", "physical", "unknown"]
+By = Literal["layer", "label", "request"]
+
+PHASES: tuple[Phase, ...] = ("decode", "prefill", "all")
+BASELINES = ("uniform", "popularity", "label", "request")
+CAUSES = ("popularity", "label", "request", "token_order")
+
+
+def id_dtype(num_experts: int) -> type[np.unsignedinteger[Any]]:
+    """Return the smallest unsigned dtype that holds the ids ``0 .. num_experts - 1``."""
+    return np.uint8 if num_experts <= 1 << 8 else np.uint16
+
+
+@dataclass(frozen=True, slots=True)
+class TraceMeta:
+    """What holds for every request of a trace: its shape and its provenance.
+
+    The provenance decides which questions may be asked: a metric that it does not
+    support refuses instead of guessing.
+    """
+
+    num_experts: int
+    """N, routed experts per layer."""
+    top_k: int
+    """k, routed experts per token in this trace."""
+    layers: tuple[int, ...]
+    """Layer numbers of the MoE layers, ascending, one per entry of the layer axis."""
+    source_format: str
+    """Name of the reader, as ``--source-format`` takes it."""
+    model: str | None = None
+    engine: str | None = None
+    engine_version: str | None = None
+    id_space: IdSpace = "unknown"
+    router_order: bool | None = None
+    """True: rank 0 is the router's first choice; False: order lost; None: not known."""
+    native_top_k: int | None = None
+    """The model's own k where the config says so; differs from ``top_k`` in a reduced run."""
+    drafts_included: bool = False
+    """True where rows of rejected drafts are part of the trace."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping, JSON-serialisable (expert bytes per layer, notes)."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One request in canonical form.
+
+    ``ids`` may be a memory map; whoever consumes a request copies what it keeps.
+    """
+
+    request_id: str
+    ids: NDArray[np.unsignedinteger[Any]]
+    """Routed experts ``[tokens, layers, k]``; the layer axis follows ``TraceMeta.layers``."""
+    first_pos: int = 0
+    """Position in the sequence of row 0."""
+    prompt_len: int | None = None
+    """Prompt tokens P; None where the source does not say."""
+    decode_start: int | None = None
+    """First decode position; None where the phase is unknown. Rows at ``pos >= decode_start`` are decode."""
+    positions: NDArray[np.int64] | None = None
+    """Strictly increasing positions ``[tokens]`` where the request has holes; None: consecutive from ``first_pos``."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Label fields in order, for example ``{"dataset": "gpqa"}``."""
+    token_ids: NDArray[np.int64] | None = None
+    """Token id of each row ``[tokens]``."""
+    weights: NDArray[np.floating[Any]] | None = None
+    """Router weights ``[tokens, layers, k]``, aligned with ``ids``."""
+    where: str = ""
+    """File and line or row it came from, for messages."""
+
+    @property
+    def label(self) -> str | None:
+        """The label as one string: the values of the label fields joined with `` / ``."""
+        return " / ".join(self.labels.values()) or None

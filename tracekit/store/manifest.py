@@ -1,0 +1,195 @@
+"""The manifest: which files make up a store. Replacing this one file is what commits a change.
+
+A store is a directory::
+
+    manifest.json                what the store holds; written to a temporary file and renamed
+    segments/ID/                 one ingest: never changed after it is listed
+        part-00000.parquet       routing rows, one row group each
+        requests.parquet         one row a request
+        runs.parquet             where each request's consecutive positions lie in the parts
+        tokens.parquet           token ids, where the source has them
+    results/KIND-KEY.parquet     what the kernels computed, see ``results``
+
+Anything under ``segments`` that the manifest does not list is the remains of an ingest that did not finish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tracekit.errors import StoreError
+from tracekit.schema import SCHEMA_VERSION, TraceMeta
+
+MANIFEST = "manifest.json"
+SEGMENTS = "segments"
+RESULTS = "results"
+_FORMAT = "tracekit-store"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One committed ingest: a directory of immutable Parquet files."""
+
+    id: str
+    content: str
+    """Hex digest of everything a metric can depend on."""
+    requests: int
+    tokens: int
+    rows: int
+    parts: tuple[int, ...]
+    """Rows of each part file."""
+    has_weights: bool = False
+    has_token_ids: bool = False
+    sources: tuple[str, ...] = ()
+    """Names of the source files, as given."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceInfo:
+    """One trace of a store: its shape, provenance and extent."""
+
+    name: str
+    meta: TraceMeta
+    created: str
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = field(default=())
+    """What the ingest noticed, in sentences."""
+
+    @property
+    def requests(self) -> int:
+        """Requests in the trace."""
+        return sum(s.requests for s in self.segments)
+
+    @property
+    def tokens(self) -> int:
+        """Routed tokens, summed over requests."""
+        return sum(s.tokens for s in self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Routing rows: tokens times MoE layers."""
+        return sum(s.rows for s in self.segments)
+
+    @property
+    def content(self) -> str:
+        """Hex digest of the trace's content; results are keyed by it."""
+        import hashlib
+
+        parts = [str(asdict(self.meta)[k]) for k in ("num_experts", "top_k", "layers", "router_order")]
+        return hashlib.blake2b("|".join([*parts, *(s.content for s in self.segments)]).encode(), digest_size=16).hexdigest()
+
+
+def part_name(index: int) -> str:
+    """Return the file name of a segment's part."""
+    return f"part-{index:05d}.parquet"
+
+
+def read_manifest(root: Path) -> list[TraceInfo]:
+    """Read the traces that a store holds.
+
+    Raises
+    ------
+    StoreError
+        The directory is not a store, its manifest is damaged, or its schema is newer than this version reads.
+    """
+    path = root / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = "is not a tracekit store (it has no manifest.json)" if root.exists() else "does not exist"
+        raise StoreError(found, where=str(root), remedy="Create one with: tracekit ingest SOURCE --store DIR") from None
+    except NotADirectoryError:
+        raise StoreError("is a file, not a store", where=str(root), expected="a directory") from None
+    except UnicodeDecodeError:
+        raise StoreError("is not UTF-8 text", where=str(path), expected="the JSON that tracekit writes") from None
+    try:
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise StoreError("is not the manifest of a tracekit store", where=str(path))
+        version = data["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"store schema {version}",
+                where=str(root),
+                expected=f"at most {SCHEMA_VERSION}, which this tracekit reads",
+                remedy="Upgrade with: pip install --upgrade moe-tracekit",
+            )
+        return [_trace(entry) for entry in data["traces"]]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"damaged manifest ({error})", where=str(path), remedy="Restore it or ingest again") from None
+
+
+def _trace(entry: dict[str, Any]) -> TraceInfo:
+    meta = dict(entry["meta"])
+    meta["layers"] = tuple(meta["layers"])
+    segments = [
+        Segment(**{**s, "parts": tuple(s["parts"]), "sources": tuple(s["sources"])}) for s in entry["segments"]
+    ]
+    for segment in segments:
+        if not segment.id.isalnum():
+            raise ValueError(f"segment id {segment.id!r}")
+    return TraceInfo(entry["name"], TraceMeta(**meta), entry["created"], tuple(segments), tuple(entry["notes"]))
+
+
+def write_manifest(root: Path, traces: list[TraceInfo]) -> None:
+    """Commit the list of traces: one atomic rename, durable before it returns."""
+    from tracekit import __version__
+
+    data = {
+        "format": _FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "tracekit": __version__,
+        "traces": [asdict(trace) for trace in traces],
+    }
+    temporary = root / f".{MANIFEST}.{os.getpid()}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(root / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(root)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the store's write lock; a second writer fails at once."""
+    with (root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError("another ingest is writing to it", where=str(root), remedy="Try again when it ends") from None
+        yield
+
+
+def sweep(root: Path, traces: list[TraceInfo]) -> None:
+    """Delete what no listed trace uses: unfinished or replaced segments, and results of other content."""
+    listed = {segment.id for trace in traces for segment in trace.segments}
+    for directory in (root / SEGMENTS).glob("*"):
+        if directory.name not in listed:
+            shutil.rmtree(directory, ignore_errors=True)
+    contents = {trace.content for trace in traces}
+    for result in (root / RESULTS).glob("*.parquet"):
+        if result.stem.split("-")[1] not in contents:
+            result.unlink(missing_ok=True)

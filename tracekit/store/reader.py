@@ -1,0 +1,151 @@
+"""An open store: its traces, its rows in bounded memory, and SQL over it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracekit.errors import StoreError
+from tracekit.store import views
+from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Routing rows of some whole requests, or of some layers of one."""
+
+    ids: NDArray[np.unsignedinteger[Any]]
+    """Routed experts ``[k, rows]``."""
+    runs: dict[str, NDArray[np.int64]]
+    """Runs of consecutive positions: ``row`` (first column of ``ids``), ``request``, ``layer``, ``pos``, ``n``;
+    ordered by request, layer, pos."""
+
+
+class Store:
+    """A tracekit store. Open one with :func:`tracekit.open`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        read_manifest(self.path)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
+
+    def traces(self) -> list[TraceInfo]:
+        """Return the traces that the store holds now."""
+        return read_manifest(self.path)
+
+    def trace(self, name: str | None = None) -> TraceInfo:
+        """Return one trace; the name may be left out where there is only one.
+
+        Raises
+        ------
+        StoreError
+            There is no such trace, or several and no name.
+        """
+        traces = self.traces()
+        names = [t.name for t in traces]
+        if name is None and len(traces) == 1:
+            return traces[0]
+        if not traces:
+            raise StoreError("holds no traces yet", where=str(self.path), remedy="Add one with: tracekit ingest")
+        listed = ", ".join(repr(n) for n in names[:8]) + (", …" if len(names) > 8 else "")
+        if name is None:
+            raise StoreError(f"holds {len(traces)} traces ({listed})", where=str(self.path), remedy="Name one with --trace")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            raise StoreError(
+                f"no trace named {name!r}",
+                where=str(self.path),
+                expected=f"one of {listed}",
+                remedy=f"Did you mean {close[0]!r}?" if close else None,
+            )
+        return traces[names.index(name)]
+
+    def requests(self, trace: TraceInfo) -> pl.DataFrame:
+        """Return the trace's requests, in order: the columns of the ``requests`` view without ``trace``."""
+        import polars as pl
+
+        return pl.concat([self._read(s, "requests.parquet") for s in trace.segments])
+
+    def blocks(self, trace: TraceInfo) -> Iterator[Block]:
+        """Yield the trace's routing rows part by part; the next part is read while one is worked on."""
+        columns = [f"e{r}" for r in range(trace.meta.top_k)]
+        parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
+        runs = {s.id: self._read(s, "runs.parquet") for s in trace.segments}
+
+        def read(segment: Segment, part: int) -> Block:
+            frame = self._read(segment, part_name(part), columns)
+            if frame.height != segment.parts[part]:
+                raise StoreError(
+                    f"{frame.height} rows",
+                    where=str(self._path(segment, part_name(part))),
+                    expected=f"{segment.parts[part]}, as the manifest says",
+                    remedy="Ingest the trace again with --force",
+                )
+            ids = np.stack([frame[c].to_numpy() for c in columns])
+            here = runs[segment.id].filter(pl.col("part") == part)
+            return Block(ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")})
+
+        import polars as pl
+
+        with ThreadPoolExecutor(1, thread_name_prefix="tracekit-read") as pool:
+            ahead = [pool.submit(read, *parts[0])] if parts else []
+            for i in range(len(parts)):
+                if i + 1 < len(parts):
+                    ahead.append(pool.submit(read, *parts[i + 1]))
+                yield ahead.pop(0).result()
+
+    def connect(self, variables: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
+        """Return a DuckDB connection with the store's views that can read the store and nothing else."""
+        return views.connect(self.path, self.traces(), variables)
+
+    def sql(self, statement: str, variables: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """Run one SELECT over the store's views.
+
+        Parameters
+        ----------
+        statement
+            Exactly one SELECT, in DuckDB's SQL.
+        variables
+            Values that the statement reads with ``getvariable('name')``.
+
+        Raises
+        ------
+        QueryError
+            The statement is not a SELECT, reaches outside the store, or fails.
+        """
+        con = self.connect(variables)
+        try:
+            return views.run(con, statement)
+        finally:
+            con.close()
+
+    def views(self) -> str:
+        """Return the view definitions as a script for a plain ``duckdb`` shell."""
+        return views.script(self.path, self.traces())
+
+    def _path(self, segment: Segment, name: str) -> Path:
+        return self.path / SEGMENTS / segment.id / name
+
+    def _read(self, segment: Segment, name: str, columns: list[str] | None = None) -> pl.DataFrame:
+        import polars as pl
+
+        path = self._path(segment, name)
+        try:
+            return pl.read_parquet(path, columns=columns, memory_map=False)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise StoreError(
+                f"cannot be read ({error})", where=str(path), remedy="Ingest the trace again with --force"
+            ) from None

@@ -1,0 +1,112 @@
+"""Results that the kernels computed, kept beside the trace they belong to.
+
+One Parquet file a result: ``results/KIND-CONTENT-PARAMETERS.parquet``, where CONTENT is the digest of the trace and
+PARAMETERS one of everything else the numbers depend on. A result is therefore never stale, only unused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracekit.store.manifest import RESULTS, TraceInfo
+
+if TYPE_CHECKING:
+    import polars as pl
+
+VERSION = 1
+"""Part of every key: raise it when a metric's numbers change."""
+
+_GROUP = {"layer": "UInt16", "label": "String", "request_id": "String"}
+_INTERVAL = ("", "_lo", "_hi")
+_BASELINES = ("uniform", "popularity", "label", "request")
+
+
+def columns(kind: str) -> dict[str, str]:
+    """Return the columns of a result view after ``trace``, with the names of their Polars types."""
+    common = {"phase": "String", "by": "String", **_GROUP}
+    number = "Float64"
+    measured: dict[str, dict[str, str]] = {
+        "windows": {
+            "overlapping": "Boolean",
+            "batch_size": "Int64",
+            "window": "Int64",
+            "n_windows": "Int64",
+            **{f"observed{s}": number for s in _INTERVAL},
+            "per_top_k": number,
+            **{f"expected_{b}": number for b in _BASELINES},
+            **{f"reduction_{b}{s}": number for b in _BASELINES for s in (*_INTERVAL, "_bias")},
+        },
+        "autocorr": {
+            "lag": "Int64",
+            "n_pairs": "Int64",
+            **{f"overlap{s}": number for s in _INTERVAL},
+            **{f"expected_{b}": number for b in ("uniform", "popularity", "request")},
+            **dict.fromkeys(("rho", "rho_request", "jaccard", "any_shared", "rank0_repeat"), number),
+        },
+        "attribution": {
+            "window": "Int64",
+            "cause": "String",
+            **dict.fromkeys(("unique_before", "unique_after", "drop", "share", "share_lo", "share_hi"), number),
+            "resolved": "Boolean",
+        },
+        "load": {
+            "tokens": "Int64",
+            **dict.fromkeys(("max_over_mean", "cv", "gini", "entropy", "entropy_norm", "effective_experts"), number),
+            "dead_experts": "Int64",
+            **dict.fromkeys(("top_share", "sum_p2_over_k"), number),
+        },
+    }
+    return common | measured[kind]
+
+
+KINDS = ("windows", "autocorr", "attribution", "load")
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "windows": ("overlapping", "batch_size", "window"),
+    "autocorr": ("lag",),
+    "attribution": ("window", "cause"),
+    "load": (),
+}
+"""Columns that, with trace, phase, by and the group, make up the key of a row."""
+
+
+def path(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> Path:
+    """Return where the result for these parameters is or would be."""
+    text = json.dumps([VERSION, dict(parameters)], sort_keys=True)
+    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return root / RESULTS / f"{kind}-{trace.content}-{key}.parquet"
+
+
+def load(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> pl.DataFrame | None:
+    """Return the saved result, or None where there is none that can be read."""
+    import polars as pl
+
+    try:
+        return pl.read_parquet(path(root, kind, trace, parameters))
+    except (FileNotFoundError, pl.exceptions.PolarsError):
+        return None
+
+
+def save(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any], frame: pl.DataFrame) -> None:
+    """Save a result atomically; a store that cannot be written to is left as it is."""
+    target = path(root, kind, trace, parameters)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        target.parent.mkdir(exist_ok=True)
+        try:
+            frame.write_parquet(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def saved(root: Path, kind: str, trace: TraceInfo) -> list[Path]:
+    """Return the files with results of this kind for the trace as it is now, oldest first."""
+    files = (root / RESULTS).glob(f"{kind}-{trace.content}-*.parquet")
+    return sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name))

@@ -1,0 +1,260 @@
+"""DuckDB views over a store, and a connection that can read the store and nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracekit.errors import QueryError
+from tracekit.store import results
+from tracekit.store.manifest import SEGMENTS, TraceInfo, part_name
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+_SQL_TYPES = {
+    "UInt16": "USMALLINT",
+    "String": "VARCHAR",
+    "Boolean": "BOOLEAN",
+    "Int64": "BIGINT",
+    "Float64": "DOUBLE",
+}
+
+
+def quote(value: object) -> str:
+    """Return a value as an SQL literal."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Path):
+        value = value.as_posix()
+    text = str(value).replace("'", "''")
+    return f"'{text}'"
+
+
+def _files(paths: list[Path]) -> str:
+    return "[" + ", ".join(quote(_glob_escaped(p)) for p in paths) + "]"
+
+
+def _glob_escaped(path: Path) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in path.as_posix())
+
+
+def _union(selects: list[str], empty: str) -> str:
+    return "\nUNION ALL BY NAME\n".join(selects) if selects else empty
+
+
+def _empty(columns: Mapping[str, str]) -> str:
+    return "SELECT " + ", ".join(f'NULL::{sql} AS "{name}"' for name, sql in columns.items()) + " WHERE false"
+
+
+def definitions(root: Path, traces: list[TraceInfo]) -> dict[str, str]:
+    """Return the body of every view, by name, over the files that the store holds now.
+
+    Paths are absolute, names and paths are literals: nothing that a trace or a folder is called can become SQL.
+    """
+    views = {
+        "traces": _traces(traces),
+        "requests": _requests(root, traces),
+        "routing": _routing(root, traces),
+        "activations": _activations(root, traces),
+        "tokens": _tokens(root, traces),
+    }
+    return views | {kind: _result(root, traces, kind) for kind in results.KINDS}
+
+
+def script(root: Path, traces: list[TraceInfo]) -> str:
+    """Return the views as a script for a plain ``duckdb`` shell."""
+    lines = [f'CREATE OR REPLACE VIEW "{name}" AS\n{body};\n' for name, body in definitions(root, traces).items()]
+    return "\n".join(lines)
+
+
+def _traces(traces: list[TraceInfo]) -> str:
+    columns = {
+        "trace": "VARCHAR",
+        "model": "VARCHAR",
+        "engine": "VARCHAR",
+        "engine_version": "VARCHAR",
+        "source_format": "VARCHAR",
+        "num_experts": "INTEGER",
+        "top_k": "INTEGER",
+        "native_top_k": "INTEGER",
+        "moe_layers": "INTEGER",
+        "requests": "BIGINT",
+        "tokens": "BIGINT",
+        "rows": "BIGINT",
+        "id_space": "VARCHAR",
+        "router_order": "BOOLEAN",
+        "drafts_included": "BOOLEAN",
+        "content": "VARCHAR",
+        "created": "VARCHAR",
+    }
+    selects = []
+    for trace in traces:
+        values = {
+            "trace": trace.name,
+            "moe_layers": len(trace.meta.layers),
+            **{n: getattr(trace, n) for n in ("requests", "tokens", "rows", "content", "created")},
+        }
+        items = (
+            f'{quote(values[name] if name in values else getattr(trace.meta, name))}::{sql} AS "{name}"'
+            for name, sql in columns.items()
+        )
+        selects.append("SELECT " + ", ".join(items))
+    return _union(selects, _empty(columns))
+
+
+def _requests(root: Path, traces: list[TraceInfo]) -> str:
+    selects = [
+        f"SELECT {quote(t.name)} AS trace, * FROM read_parquet("
+        f"{_files([root / SEGMENTS / s.id / 'requests.parquet' for s in t.segments])})"
+        for t in traces
+    ]
+    columns = {
+        "trace": "VARCHAR",
+        "request": "UINTEGER",
+        "request_id": "VARCHAR",
+        "label": "VARCHAR",
+        "labels": "VARCHAR",
+        **dict.fromkeys(("prompt_len", "decode_start", "first_pos", "n_tokens", "n_decode"), "UINTEGER"),
+    }
+    return _union(selects, _empty(columns))
+
+
+_PHASE = "CASE WHEN decode THEN 'decode' WHEN NOT decode THEN 'prefill' END AS phase"
+_ROW = {
+    "trace": "VARCHAR",
+    "request": "UINTEGER",
+    "layer": "USMALLINT",
+    "pos": "UINTEGER",
+    "phase": "VARCHAR",
+}
+
+
+def _parts(root: Path, trace: TraceInfo) -> str:
+    paths = [root / SEGMENTS / s.id / part_name(i) for s in trace.segments for i in range(len(s.parts))]
+    return f"read_parquet({_files(paths)}, union_by_name = true)"
+
+
+def _routing(root: Path, traces: list[TraceInfo]) -> str:
+    selects = [
+        f"SELECT {quote(t.name)} AS trace, request, layer, pos, {_PHASE}, "
+        f"[{', '.join(f'e{r}::USMALLINT' for r in range(t.meta.top_k))}] AS experts FROM {_parts(root, t)}"
+        for t in traces
+    ]
+    return _union(selects, _empty({**_ROW, "experts": "USMALLINT[]"}))
+
+
+def _activations(root: Path, traces: list[TraceInfo]) -> str:
+    selects = []
+    for t in traces:
+        weighted = any(s.has_weights for s in t.segments)
+        selects += [
+            f"SELECT {quote(t.name)} AS trace, request, layer, pos, {_PHASE}, {rank}::UTINYINT AS rank, "
+            f"e{rank}::USMALLINT AS expert, {f'w{rank}' if weighted else 'NULL::FLOAT'} AS weight FROM {_parts(root, t)}"
+            for rank in range(t.meta.top_k)
+        ]
+    return _union(selects, _empty({**_ROW, "rank": "UTINYINT", "expert": "USMALLINT", "weight": "FLOAT"}))
+
+
+def _tokens(root: Path, traces: list[TraceInfo]) -> str:
+    selects = []
+    for t in traces:
+        paths = [root / SEGMENTS / s.id / "tokens.parquet" for s in t.segments if s.has_token_ids]
+        if paths:
+            selects.append(f"SELECT {quote(t.name)} AS trace, * FROM read_parquet({_files(paths)})")
+    columns = {"trace": "VARCHAR", "request": "UINTEGER", "pos": "UINTEGER", "token_id": "BIGINT"}
+    return _union(selects, _empty(columns))
+
+
+def _result(root: Path, traces: list[TraceInfo], kind: str) -> str:
+    columns = {"trace": "VARCHAR", **{c: _SQL_TYPES[t] for c, t in results.columns(kind).items()}}
+    names = ", ".join(f'"{c}"' for c in columns)
+    selects = [
+        f"SELECT {quote(t.name)} AS trace, *, {age} AS computed FROM read_parquet({_files([path])})"
+        for t in traces
+        for age, path in enumerate(results.saved(root, kind, t))
+    ]
+    if not selects:
+        return _empty(columns)
+    key = ", ".join(f'"{c}"' for c in ("trace", "phase", "by", "layer", "label", "request_id", *results.KEYS[kind]))
+    # Two runs may have computed the same row, one of them without intervals: keep one, with intervals if there are any.
+    best = {"windows": "observed_lo IS NULL, ", "autocorr": "overlap_lo IS NULL, ", "attribution": "share_lo IS NULL, "}
+    return (
+        f"SELECT {names} FROM (\n"
+        + "\nUNION ALL BY NAME\n".join(selects)
+        + f"\n)\nQUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {best.get(kind, '')}computed DESC) = 1"
+    )
+
+
+def connect(
+    root: Path, traces: list[TraceInfo], variables: Mapping[str, Any] | None = None
+) -> duckdb.DuckDBPyConnection:
+    """Return an in-memory DuckDB connection with the store's views that can read the store and nothing else.
+
+    Parameters
+    ----------
+    variables
+        DuckDB variables, which SQL reads with ``getvariable('name')``.
+
+    Notes
+    -----
+    The order of the settings matters: views first, then the directories, then external access, then the lock.
+    """
+    import duckdb
+
+    con = duckdb.connect()
+    # Larger than memory is the normal case; what does not fit is spilled to a private directory.
+    con.execute("SET temp_directory = ?", [str(_spill_directory())])
+    con.execute("SET enable_progress_bar = false")
+    con.execute(script(root, traces))
+    for name, value in (variables or {}).items():
+        if not name.isidentifier():
+            raise QueryError(f"{name!r} is not a variable name")
+        con.execute(f'SET VARIABLE "{name}" = {quote(value)}')
+    con.execute("SET allowed_directories = [" + quote(root.as_posix() + "/") + "]")
+    con.execute("SET enable_external_access = false")
+    con.execute("SET lock_configuration = true")
+    return con
+
+
+_spill: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _spill_directory() -> Path:
+    global _spill  # one per process; removed at exit
+    if _spill is None:
+        _spill = tempfile.TemporaryDirectory(prefix="tracekit-")
+    return Path(_spill.name)
+
+
+def run(con: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:
+    """Run one SELECT on a connection made by :func:`connect` and return its rows.
+
+    Raises
+    ------
+    QueryError
+        It is not exactly one statement, not a SELECT, reaches outside the store, or fails.
+    """
+    import duckdb
+    import polars as pl
+
+    try:
+        statements = con.extract_statements(sql)
+        if len(statements) != 1:
+            raise QueryError(f"{len(statements)} SQL statements", expected="exactly one SELECT")
+        if statements[0].type != duckdb.StatementType.SELECT:
+            raise QueryError(
+                f"a {statements[0].type.name} statement", expected="a SELECT", remedy="The store is read-only for SQL"
+            )
+        # As the body of a view, a statement cannot write: COPY, EXPLAIN ANALYZE and data-changing WITH are refused.
+        con.execute(f"CREATE OR REPLACE TEMP VIEW tracekit_query AS {statements[0].query}")
+        return pl.DataFrame(pl.scan_arrow_c_stream(con.sql("SELECT * FROM tracekit_query")).collect())
+    except (duckdb.Error, pl.exceptions.PolarsError) as error:
+        raise QueryError(f"SQL failed: {error}") from None

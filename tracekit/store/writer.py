@@ -1,0 +1,506 @@
+"""Ingest: canonical requests in, one committed segment out, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
+from tracekit.schema import IdSpace, Request, TraceMeta
+from tracekit.sources import IngestOptions, open_source
+from tracekit.sources.config import load_config
+from tracekit.store.manifest import (
+    MANIFEST,
+    SEGMENTS,
+    Segment,
+    TraceInfo,
+    locked,
+    part_name,
+    read_manifest,
+    sweep,
+    sync_directory,
+    write_manifest,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PART_ROWS = 2_000_000
+"""Routing rows of a part file: one row group, a few tens of MB in memory."""
+
+_TRANSPOSE_TOKENS = 512
+_WRITERS = 2
+
+Progress = Callable[[int, int, int], None]
+"""Called with bytes read, bytes in all, and tokens ingested so far."""
+
+
+def ingest(
+    sources: str | Path | Sequence[str | Path],
+    store: str | Path,
+    *,
+    name: str | None = None,
+    config: str | Path | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    axes: str | None = None,
+    phase: str | None = None,
+    requests: str | Path | Sequence[Mapping[str, Any]] | None = None,
+    label_fields: Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
+    source_format: str | None = None,
+    router_order: bool | None = None,
+    id_space: IdSpace | None = None,
+    append: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TraceInfo:
+    """Read a trace from engine output and commit it to a store.
+
+    The store is created if it is not there. It is changed by a single rename at the end: whatever happens before,
+    it stays as it was.
+
+    Parameters
+    ----------
+    sources
+        Files or folders, read in the order given.
+    store
+        Directory of the store.
+    name
+        Name of the trace; default: the first source's file name without its ending.
+    config
+        The model's ``config.json``: gives N, k and the MoE layers.
+    num_experts, top_k
+        N and k where no config says so.
+    axes
+        Order of the array axes, a permutation of ``"tlk"`` (token, layer, rank).
+    phase
+        ``"decode"`` or ``"prefill"`` where every row is one of them.
+    requests
+        One entry per request, in order or with a ``request_id``: a JSON file or a list of mappings.
+    label_fields
+        Fields of the requests that make up their label.
+    labels
+        Labels that hold for every request.
+    source_format
+        Name of the reader, where detection is not wanted.
+    router_order, id_space
+        Provenance, where it is known better than the source says.
+    append
+        Add requests to an existing trace of that name.
+    force
+        Replace an existing trace of that name.
+    progress
+        Called now and then with bytes read, bytes in all, and tokens so far.
+
+    Returns
+    -------
+    TraceInfo
+        The trace as the store now holds it.
+
+    Raises
+    ------
+    SourceError
+        The source is malformed, ambiguous, or contradicts itself or the options.
+    StoreError
+        The name exists, the directory is not a store, or it cannot be written.
+    """
+    paths = [Path(p) for p in ([sources] if isinstance(sources, str | Path) else sources)]
+    if not paths:
+        raise UsageError("no source given")
+    if append and force:
+        raise UsageError("--append and --force exclude each other")
+    root = Path(store)
+    trace_name = name if name is not None else _default_name(paths[0])
+    options = IngestOptions(
+        config=load_config(Path(config)) if config is not None else None,
+        num_experts=num_experts,
+        top_k=top_k,
+        axes=axes,
+        phase=phase,
+        router_order=router_order,
+        id_space=id_space,
+        labels=dict(labels or {}),
+        label_fields=tuple(label_fields),
+        requests=_sidecar(requests),
+        source_format=source_format,
+    )
+    with _writable_store(root) as traces:
+        existing = next((t for t in traces if t.name == trace_name), None)
+        if existing and not (append or force):
+            raise StoreError(
+                f"a trace named {trace_name!r} is there already",
+                where=str(root),
+                remedy="Add requests to it with --append, replace it with --force, or choose another --name",
+            )
+        if append and not existing:
+            raise StoreError(
+                f"no trace named {trace_name!r} to append to", where=str(root), remedy="Leave out --append to create it"
+            )
+        source = open_source(paths, options)
+        if append and existing:
+            _check_same_shape(existing, source.meta)
+        base = existing if append else None
+        writer = _SegmentWriter(root, source.meta, base)
+        with writer:
+            for request in source.requests():
+                writer.add(request)
+                if progress:
+                    progress(source.done_bytes, source.total_bytes, writer.tokens)
+            segment = writer.finish([str(p.name) for p in paths])
+        notes = tuple(source.notes)
+        if base:
+            trace = replace(base, segments=(*base.segments, segment), notes=tuple(dict.fromkeys((*base.notes, *notes))))
+        else:
+            trace = TraceInfo(trace_name, source.meta, _now(), (segment,), notes)
+        committed = [trace if t.name == trace_name else t for t in traces]
+        if existing is None:
+            committed.append(trace)
+        write_manifest(root, committed)
+        sweep(root, committed)
+    return trace
+
+
+def _default_name(path: Path) -> str:
+    name = path.resolve().name
+    return name if path.is_dir() else name.split(".")[0] or name
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _sidecar(requests: str | Path | Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:
+    if requests is None:
+        return None
+    if not isinstance(requests, str | Path):
+        return list(requests)
+    where = str(requests)
+    try:
+        data = json.loads(Path(requests).read_bytes())
+    except OSError as error:
+        raise SourceError(f"cannot be read ({error.strerror})", where=where) from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"is not JSON ({error})", where=where, expected="a JSON array, one entry a request") from None
+    if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
+        raise SourceError("is not an array of objects", where=where, expected="a JSON array, one object a request")
+    return data
+
+
+@contextlib.contextmanager
+def _writable_store(root: Path) -> Iterator[list[TraceInfo]]:
+    """Lock the store, creating it if need be; a store that was created here and stays empty is removed again."""
+    created = not root.exists()
+    if not created and not (root / MANIFEST).exists():
+        if not root.is_dir():
+            raise StoreError("is a file, not a store", where=str(root), expected="a directory")
+        if any(entry.name not in (SEGMENTS, ".lock") for entry in root.iterdir()):
+            raise StoreError(
+                "is not empty and is not a tracekit store", where=str(root), remedy="Choose another --store directory"
+            )
+        created = True
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root):
+            traces = [] if created else read_manifest(root)
+            try:
+                yield traces
+            finally:
+                sweep(root, read_manifest(root) if (root / MANIFEST).exists() else traces)
+                if created and not (root / MANIFEST).exists():
+                    shutil.rmtree(root, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, TracekitError):
+            raise
+        raise StoreError(
+            f"cannot be written ({error.strerror or error})", where=str(root), remedy="The store is as it was before"
+        ) from error
+
+
+def _check_same_shape(trace: TraceInfo, meta: TraceMeta) -> None:
+    for what in ("num_experts", "top_k", "layers", "model", "id_space"):
+        old, new = getattr(trace.meta, what), getattr(meta, what)
+        if old != new and not (what == "model" and None in (old, new)):
+            raise SourceError(
+                f"{what} is {new} here and {old} in trace {trace.name!r}",
+                expected="the same model and layers to append to",
+                remedy="Ingest it as a trace of its own with another --name",
+            )
+
+
+@dataclass(slots=True)
+class _Block:
+    """Rows of one request for some layers, already layer-major."""
+
+    request: int
+    positions: NDArray[np.int64]
+    decode_start: int | None
+    layers: NDArray[np.uint16]
+    ids: NDArray[np.unsignedinteger[Any]]
+    """``[layers, k, tokens]``."""
+    weights: NDArray[np.float32] | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.layers) * len(self.positions)
+
+
+@dataclass
+class _SegmentWriter:
+    """Collect requests into parts of about ``PART_ROWS`` rows and write them in the background."""
+
+    root: Path
+    meta: TraceMeta
+    base: TraceInfo | None
+    tokens: int = 0
+    _blocks: list[_Block] = field(default_factory=list)
+    _rows: int = 0
+    _parts: list[int] = field(default_factory=list)
+    _pending: list[Future[str]] = field(default_factory=list)
+    _digests: list[str] = field(default_factory=list)
+    _request_rows: list[dict[str, Any]] = field(default_factory=list)
+    _runs: list[NDArray[np.int64]] = field(default_factory=list)
+    _token_ids: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
+    _has_weights: bool = False
+
+    def __post_init__(self) -> None:
+        self.id = uuid.uuid4().hex
+        self.directory = self.root / SEGMENTS / self.id
+        self._first = self.base.requests if self.base else 0
+        self._known = _request_ids(self.root, self.base) if self.base else set()
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="tracekit-write")
+
+    def __enter__(self) -> _SegmentWriter:
+        self.directory.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+
+    def add(self, request: Request) -> None:
+        """Take one request; its arrays are copied."""
+        index = self._first + len(self._request_rows)
+        tokens, layers, _ = request.ids.shape
+        request_id = self._claim(request, index)
+        positions = (
+            request.first_pos + np.arange(tokens, dtype=np.int64) if request.positions is None else request.positions
+        )
+        if tokens and (int(positions[0]) < 0 or int(positions[-1]) >= 1 << 32):
+            raise SourceError(f"positions {positions[0]} to {positions[-1]}", where=request.where, expected="0 to 2^32-1")
+        per_part = max(1, PART_ROWS // max(1, tokens))
+        if self._rows and self._rows + tokens * layers > PART_ROWS:
+            self._flush()
+        for low in range(0, layers, per_part):
+            high = min(layers, low + per_part)
+            weights = None
+            if request.weights is not None:
+                self._has_weights = True
+                weights = _layer_major(request.weights, low, high, np.float32)
+            ids = _layer_major(request.ids, low, high, request.ids.dtype)
+            numbers = np.array(self.meta.layers[low:high], np.uint16)
+            self._blocks.append(_Block(index, positions, request.decode_start, numbers, ids, weights))
+            self._rows += self._blocks[-1].rows
+            if high < layers:
+                self._flush()
+        self._request_rows.append(
+            {
+                "request": index,
+                "request_id": request_id,
+                "label": request.label,
+                "labels": json.dumps(dict(request.labels), ensure_ascii=False) if request.labels else None,
+                "prompt_len": request.prompt_len,
+                "decode_start": request.decode_start,
+                "first_pos": int(positions[0]) if tokens else request.first_pos,
+                "n_tokens": tokens,
+                "n_decode": None if request.decode_start is None else int((positions >= request.decode_start).sum()),
+            }
+        )
+        self.tokens += tokens
+        if request.token_ids is not None:
+            self._token_ids.append((index, positions, np.asarray(request.token_ids, np.int64)))
+
+    def finish(self, sources: list[str]) -> Segment:
+        """Write what is left and make the segment durable; the caller commits it."""
+        import polars as pl
+
+        if not self._request_rows:
+            raise SourceError("no requests found in the source")
+        self._flush()
+        for future in self._pending:
+            self._digests.append(future.result())
+        requests = pl.DataFrame(self._request_rows, schema=_REQUESTS_SCHEMA())
+        requests.write_parquet(self.directory / "requests.parquet")
+        runs = np.concatenate(self._runs) if self._runs else np.zeros((0, 6), np.int64)
+        pl.DataFrame(
+            {column: runs[:, i] for i, column in enumerate(("part", "row", "request", "layer", "pos", "n"))},
+            schema=_RUNS_SCHEMA(),
+        ).write_parquet(self.directory / "runs.parquet")
+        if self._token_ids:
+            pl.concat(
+                [
+                    pl.DataFrame(
+                        {"request": np.full(len(ids), request), "pos": positions, "token_id": ids},
+                        schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64},
+                    )
+                    for request, positions, ids in self._token_ids
+                ]
+            ).write_parquet(self.directory / "tokens.parquet")
+        for path in self.directory.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(self.directory)
+        sync_directory(self.directory.parent)
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self._digests:
+            digest.update(part.encode())
+        for row in self._request_rows:
+            digest.update(json.dumps([row[k] for k in ("request_id", "label", "decode_start")]).encode())
+        digest.update(np.ascontiguousarray(runs).tobytes())
+        return Segment(
+            id=self.id,
+            content=digest.hexdigest(),
+            requests=len(self._request_rows),
+            tokens=self.tokens,
+            rows=sum(self._parts),
+            parts=tuple(self._parts),
+            has_weights=self._has_weights,
+            has_token_ids=bool(self._token_ids),
+            sources=tuple(sources),
+        )
+
+    def _claim(self, request: Request, index: int) -> str:
+        """Return the request's id; an id that the source numbered itself goes on from the trace's last."""
+        request_id = request.request_id
+        if self.base and request_id == str(len(self._request_rows)):
+            request_id = str(index)
+        if request_id in self._known:
+            raise SourceError(
+                f"request {request_id!r} is in the trace already",
+                where=request.where,
+                remedy="Rename it, or replace the trace with --force",
+            )
+        self._known.add(request_id)
+        return request_id
+
+    def _flush(self) -> None:
+        if not self._blocks:
+            return
+        part = len(self._parts)
+        row = 0
+        for block in self._blocks:
+            breaks = np.flatnonzero(np.diff(block.positions) != 1) + 1
+            starts = np.concatenate([[0], breaks]) if len(block.positions) else np.zeros(0, np.int64)
+            lengths = np.diff(np.append(starts, len(block.positions)))
+            for i, layer in enumerate(block.layers):
+                run = np.empty((len(starts), 6), np.int64)
+                run[:, 0], run[:, 1] = part, row + i * len(block.positions) + starts
+                run[:, 2], run[:, 3] = block.request, layer
+                run[:, 4], run[:, 5] = block.positions[starts], lengths
+                self._runs.append(run)
+            row += block.rows
+        while sum(not f.done() for f in self._pending) >= _WRITERS:
+            self._pending[len(self._pending) - _WRITERS].result()
+        for future in self._pending:
+            if future.done():
+                future.result()
+        self._pending.append(
+            self._pool.submit(_write_part, self.directory / part_name(part), self._blocks, self.meta.top_k)
+        )
+        self._parts.append(self._rows)
+        self._blocks, self._rows = [], 0
+
+
+def _layer_major(values: NDArray[Any], low: int, high: int, dtype: Any) -> NDArray[Any]:
+    """Copy layers ``low .. high - 1`` of ``[tokens, layers, k]`` to ``[layers, k, tokens]``.
+
+    In pieces of tokens that fit the cache, and one pass over the source, so that a memory map is read once.
+    """
+    tokens, _, top_k = values.shape
+    out = np.empty((high - low, top_k, tokens), dtype)
+    for t in range(0, tokens, _TRANSPOSE_TOKENS):
+        piece = values[t : t + _TRANSPOSE_TOKENS, low:high]
+        out[:, :, t : t + len(piece)] = piece.transpose(1, 2, 0)
+    return out
+
+
+def _write_part(path: Path, blocks: list[_Block], top_k: int) -> str:
+    """Write one part file and return the digest of its ids."""
+    import polars as pl
+
+    shapes = [(len(b.layers), len(b.positions)) for b in blocks]
+    columns: dict[str, Any] = {
+        "request": np.repeat(np.array([b.request for b in blocks], np.uint32), [layers * n for layers, n in shapes]),
+        "layer": np.concatenate([np.repeat(b.layers, n) for b, (_, n) in zip(blocks, shapes, strict=True)]),
+        "pos": np.concatenate([np.tile(b.positions.astype(np.uint32), layers) for b, (layers, _) in zip(blocks, shapes, strict=True)]),
+        "decode": pl.concat([_decode_column(b) for b in blocks]),
+    }
+    digest = hashlib.blake2b(digest_size=16)
+    for rank in range(top_k):
+        column = np.concatenate([b.ids[:, rank, :].ravel() for b in blocks])
+        digest.update(column)
+        columns[f"e{rank}"] = column
+    if any(b.weights is not None for b in blocks):
+        for rank in range(top_k):
+            columns[f"w{rank}"] = np.concatenate(
+                [np.full(b.rows, np.nan, np.float32) if b.weights is None else b.weights[:, rank, :].ravel() for b in blocks]
+            )
+    frame = pl.DataFrame(columns)
+    frame.write_parquet(path, row_group_size=max(1, frame.height))
+    return digest.hexdigest()
+
+
+def _decode_column(block: _Block) -> pl.Series:
+    import polars as pl
+
+    if block.decode_start is None:
+        return pl.repeat(None, block.rows, dtype=pl.Boolean, eager=True)
+    return pl.Series("decode", np.tile(block.positions >= block.decode_start, len(block.layers)))
+
+
+def _request_ids(root: Path, trace: TraceInfo) -> set[str]:
+    import polars as pl
+
+    paths = [root / SEGMENTS / s.id / "requests.parquet" for s in trace.segments]
+    return {str(i) for p in paths for i in pl.read_parquet(p, columns=["request_id"])["request_id"]}
+
+
+def _REQUESTS_SCHEMA() -> dict[str, Any]:
+    import polars as pl
+
+    return {
+        "request": pl.UInt32,
+        "request_id": pl.String,
+        "label": pl.String,
+        "labels": pl.String,
+        "prompt_len": pl.UInt32,
+        "decode_start": pl.UInt32,
+        "first_pos": pl.UInt32,
+        "n_tokens": pl.UInt32,
+        "n_decode": pl.UInt32,
+    }
+
+
+def _RUNS_SCHEMA() -> dict[str, Any]:
+    import polars as pl
+
+    return {
+        "part": pl.UInt32,
+        "row": pl.UInt32,
+        "request": pl.UInt32,
+        "layer": pl.UInt16,
+        "pos": pl.UInt32,
+        "n": pl.UInt32,
+    }
