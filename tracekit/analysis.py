@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +13,115 @@ from tracekit.errors import TracekitWarning, UsageError
 from tracekit.metrics.measurement import Measurement, caveats, resolve_phase
 from tracekit.metrics.state import Spec
 from tracekit.schema import By, Phase
-from tracekit.store import Store, TraceInfo, results
+from tracekit.store import Store, results
 
 if TYPE_CHECKING:
     import polars as pl
 
 StoreLike = Store | str | Path
 
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes of the summary and of the chart by batch size."""
 
-def _store(store: StoreLike) -> Store:
+
+def as_store(store: StoreLike) -> Store:
+    """Return the store, opened if it is a path."""
     return store if isinstance(store, Store) else Store(store)
 
 
 def threads() -> int:
     """Return the threads that a pass uses: the processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One result that is wanted of a trace: how it is measured, keyed, and finalised."""
+
+    kind: str
+    spec: Spec
+    finalise: Callable[[Measurement], pl.DataFrame]
+    key: dict[str, Any]
+    """What the numbers depend on, besides the trace."""
+
+
+def wanted_windows(spec: Spec, batch_sizes: Sequence[int] = (1,)) -> Wanted:
+    """Ask for unique experts per window; see :func:`windows`."""
+    import polars as pl
+
+    spec = replace(spec, batches=max(batch_sizes, default=1) > 1)
+    key = _key(spec, "max_window", "overlapping") | {"batch_size": list(batch_sizes)}
+    return Wanted("windows", spec, lambda m: m.windows(batch_sizes).filter(pl.col("window") <= spec.max_window), key)
+
+
+def wanted_autocorr(spec: Spec) -> Wanted:
+    """Ask for temporal autocorrelation; see :func:`autocorr`."""
+    import polars as pl
+
+    return Wanted("autocorr", spec, lambda m: m.autocorr().filter(pl.col("lag") <= spec.max_lag), _key(spec, "max_lag"))
+
+
+def wanted_attribution(spec: Spec, window: int) -> Wanted:
+    """Ask for the causes of the reduction; see :func:`attribution`."""
+    spec = replace(spec, max_window=window)
+    return Wanted("attribution", spec, lambda m: m.attribution(window), _key(spec, "max_window"))
+
+
+def wanted_load(spec: Spec) -> Wanted:
+    """Ask for popularity and balance; see :func:`load`."""
+    return Wanted("load", spec, Measurement.load, {"phase": spec.phase, "by": spec.by})
+
+
+def _key(spec: Spec, *names: str) -> dict[str, Any]:
+    values = asdict(spec)
+    return {name: values[name] for name in ("phase", "by", "intervals", "seed", *names)}
+
+
+def obtain(
+    store: Store, trace: str | None, phase: Phase | None, wanted: Callable[[Phase], list[Wanted]]
+) -> list[pl.DataFrame]:
+    """Return results for one trace or all of them: those that are saved are read, the others share one pass.
+
+    Parameters
+    ----------
+    wanted
+        Given the phase that a trace is measured in, the results wanted of it; they may differ in window lengths,
+        lags and batches only.
+
+    Returns
+    -------
+    One frame per result wanted, with a row block per trace.
+    """
+    import polars as pl
+
+    infos = [store.trace(trace)] if trace is not None else store.traces() or [store.trace()]
+    per_trace = []
+    for info in infos:
+        requests = store.requests(info)
+        asked = wanted(resolve_phase(requests, phase))
+        _warn(requests, asked[0].spec)
+        frames = [results.load(store.path, w.kind, info, w.key) for w in asked]
+        missing = [w for w, frame in zip(asked, frames, strict=True) if frame is None]
+        if missing:
+            shared = replace(
+                missing[0].spec,
+                max_window=max(w.spec.max_window for w in missing),
+                max_lag=max(w.spec.max_lag for w in missing),
+                batches=any(w.spec.batches for w in missing),
+            )
+            measured = Measurement(info.meta, requests, shared, store.blocks(info), threads())
+            for w in missing:
+                frame = w.finalise(measured)
+                results.save(store.path, w.kind, info, w.key, frame)
+                frames[asked.index(w)] = frame
+        name = pl.lit(info.name).alias("trace")
+        per_trace.append([frame.select(name, pl.all()) for frame in frames if frame is not None])
+    return [pl.concat(frames) for frames in zip(*per_trace, strict=True)]
+
+
+def _warn(requests: pl.DataFrame, spec: Spec) -> None:
+    for note in caveats(requests, spec):
+        warnings.warn(note, TracekitWarning, stacklevel=4)
 
 
 def measure(
@@ -72,7 +167,7 @@ def measure(
     UnsupportedError
         The trace cannot answer, with the reason.
     """
-    store = _store(store)
+    store = as_store(store)
     info = store.trace(trace)
     requests = store.requests(info)
     spec = Spec(
@@ -87,11 +182,6 @@ def measure(
     )
     _warn(requests, spec)
     return Measurement(info.meta, requests, spec, store.blocks(info), threads())
-
-
-def _warn(requests: pl.DataFrame, spec: Spec) -> None:
-    for note in caveats(requests, spec):
-        warnings.warn(note, TracekitWarning, stacklevel=4)
 
 
 def windows(
@@ -146,16 +236,12 @@ def windows(
         An argument is out of range.
     """
     sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
-    parameters = {"max_window": max_window, "batch_size": sizes, "overlapping": overlapping}
 
-    def compute(store: Store, info: TraceInfo, **common: Any) -> pl.DataFrame:
-        m = measure(
-            store, trace=info.name, max_window=max_window, max_lag=0, overlapping=overlapping, batches=max(sizes) > 1, **common
-        )
-        return m.windows(sizes)
+    def wanted(phase: Phase) -> list[Wanted]:
+        spec = Spec(phase, max_window=max_window, overlapping=overlapping, by=by, intervals=intervals, seed=seed)
+        return [wanted_windows(spec, sizes)]
 
-    frame = _each(store, "windows", trace, phase, by, intervals, seed, parameters, compute)
-    return frame.drop("overlapping")
+    return _shown(obtain(as_store(store), trace, phase, wanted)[0], by).drop("overlapping")
 
 
 def autocorr(
@@ -184,12 +270,13 @@ def autocorr(
         coefficient against popularity, (overlap - expected) / (1 - expected); ``jaccard``, ``any_shared`` and
         ``rank0_repeat`` are means over pairs (the last is null unless the trace keeps router order).
     """
-    parameters = {"max_lag": max_lag}
+    if max_lag < 1:
+        raise UsageError(f"a largest lag of {max_lag}", expected="at least 1")
 
-    def compute(store: Store, info: TraceInfo, **common: Any) -> pl.DataFrame:
-        return measure(store, trace=info.name, max_window=1, max_lag=max_lag, **common).autocorr()
+    def wanted(phase: Phase) -> list[Wanted]:
+        return [wanted_autocorr(Spec(phase, max_lag=max_lag, by=by, intervals=intervals, seed=seed))]
 
-    return _each(store, "autocorr", trace, phase, by, intervals, seed, parameters, compute)
+    return _shown(obtain(as_store(store), trace, phase, wanted)[0], by)
 
 
 def attribution(
@@ -220,12 +307,11 @@ def attribution(
         One row per trace, phase, group and cause. ``drop`` is in unique experts; ``share`` is the cause's part of the
         whole drop. An unresolved label has drop 0 and a null share, and ``request`` starts from popularity.
     """
-    parameters = {"window": window}
 
-    def compute(store: Store, info: TraceInfo, **common: Any) -> pl.DataFrame:
-        return measure(store, trace=info.name, max_window=window, max_lag=0, **common).attribution(window)
+    def wanted(phase: Phase) -> list[Wanted]:
+        return [wanted_attribution(Spec(phase, by=by, intervals=intervals, seed=seed), window)]
 
-    return _each(store, "attribution", trace, phase, by, intervals, seed, parameters, compute)
+    return _shown(obtain(as_store(store), trace, phase, wanted)[0], by)
 
 
 def load(
@@ -246,42 +332,38 @@ def load(
     """
     if by == "request":
         raise UsageError("load by request", expected="by layer or by label")
-    group: By = "label" if by == "label" else "layer"
+    group: By | None = "label" if by == "label" else None
 
-    def compute(store: Store, info: TraceInfo, **common: Any) -> pl.DataFrame:
-        return measure(store, trace=info.name, max_window=1, max_lag=0, **common).load()
+    def wanted(phase: Phase) -> list[Wanted]:
+        return [wanted_load(Spec(phase, by=group, intervals=False))]
 
-    return _each(store, "load", trace, phase, group, False, 0, {}, compute)
+    return _shown(obtain(as_store(store), trace, phase, wanted)[0], group, layer=True)
 
 
-def _each(
+def headline(
     store: StoreLike,
-    kind: str,
-    trace: str | None,
-    phase: Phase | None,
-    by: By | None,
-    intervals: bool,
-    seed: int,
-    parameters: dict[str, Any],
-    compute: Callable[..., pl.DataFrame],
-) -> pl.DataFrame:
-    """Return one kind of result for one trace or all of them, computed unless it is saved already."""
-    import polars as pl
+    *,
+    trace: str | None = None,
+    phase: Phase | None = None,
+    window: int = 4,
+    intervals: bool = True,
+    seed: int = 0,
+) -> None:
+    """Compute what the summary needs, in one pass: windows, batches, autocorrelation, attribution and load."""
 
-    store = _store(store)
-    infos = [store.trace(trace)] if trace is not None else store.traces() or [store.trace()]
-    frames = []
-    for info in infos:
-        requests = store.requests(info)
-        common = {"phase": resolve_phase(requests, phase), "by": by, "intervals": intervals, "seed": seed}
-        key = parameters | common
-        frame = results.load(store.path, kind, info, key)
-        if frame is None:
-            frame = compute(store, info, **common)
-            results.save(store.path, kind, info, key, frame)
-        else:
-            _warn(requests, Spec(**common))
-        frames.append(frame.select(pl.lit(info.name).alias("trace"), pl.all()))
-    frame = pl.concat(frames)
-    group_columns = {"layer": kind == "load" or by == "layer", "label": by == "label", "request_id": by == "request"}
-    return frame.drop("by", *(column for column, shown in group_columns.items() if not shown))
+    def wanted(phase: Phase) -> list[Wanted]:
+        spec = Spec(phase, max_window=max(8, window), max_lag=32, intervals=intervals, seed=seed)
+        return [
+            wanted_windows(spec, BATCH_SIZES),
+            wanted_autocorr(spec),
+            wanted_attribution(spec, window),
+            wanted_load(spec),
+        ]
+
+    obtain(as_store(store), trace, phase, wanted)
+
+
+def _shown(frame: pl.DataFrame, by: By | None, *, layer: bool = False) -> pl.DataFrame:
+    """Leave out the group columns that this grouping does not use."""
+    shown = {"layer": layer or by == "layer", "label": by == "label", "request_id": by == "request"}
+    return frame.drop("by", *(column for column, keep in shown.items() if not keep))

@@ -34,15 +34,15 @@ def telescope(rungs: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
         with np.errstate(invalid="ignore", divide="ignore"):
             return jackknife((drop / total)[:, None])
 
-    has_label = bool(
-        rungs["popularity"][0] >= rungs["label"][0] >= rungs["request"][0]
-    ) and _trusted(share_of(rungs["popularity"] - rungs["label"]))
+    has_label = bool(rungs["popularity"][0] >= rungs["label"][0] >= rungs["request"][0]) and _trusted(
+        share_of(rungs["popularity"] - rungs["label"])
+    )
     path = [name for name in RUNGS if name != "label" or has_label]
     rows = []
     for cause, rung in zip(CAUSES, RUNGS[1:], strict=True):
         if rung not in path:
-            before = float(rungs["popularity"][0])
-            rows.append({"cause": cause, "unique_before": before, "unique_after": before, "drop": 0.0, "resolved": False})
+            level = float(rungs["popularity"][0])
+            rows.append({"cause": cause, "unique_before": level, "unique_after": level, "drop": 0.0, "resolved": False})
             continue
         before, after = rungs[path[path.index(rung) - 1]], rungs[rung]
         share = share_of(before - after)
@@ -60,7 +60,10 @@ def telescope(rungs: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
 
 
 def _trusted(share: Interval) -> bool:
-    """Return whether a share's interval contains the plain estimate and not 0; without an interval, whether it is a number."""
+    """Return whether a share's interval contains the plain estimate and not 0.
+
+    Without an interval any number is trusted: there is nothing to hold against it.
+    """
     if np.isnan(share.lo[0]):
         return bool(np.isfinite(share.estimate[0]))
     return bool(share.contains(share.estimate)[0]) and not bool(share.contains(0.0)[0])

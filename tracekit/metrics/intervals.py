@@ -26,7 +26,7 @@ class Interval:
 
     def contains(self, value: Any) -> NDArray[np.bool_]:
         """Return where the interval contains a value; False where there is no interval."""
-        return (self.lo <= value) & (value <= self.hi)
+        return np.asarray((self.lo <= value) & (value <= self.hi))
 
 
 def jackknife(replicates: NDArray[np.float64]) -> Interval:

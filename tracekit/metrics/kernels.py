@@ -61,8 +61,8 @@ def _history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, 
     t = np.uint64(begin)
     stop = np.uint64(end)
     while t < stop:
-        for e in range(table.shape[0]):
-            table[e] >>= epoch
+        for i in range(table.shape[0]):
+            table[i] >>= epoch
         for step in range(min(epoch, stop - t)):
             mark = _U1 << (past + step)
             now = t + step
@@ -179,11 +179,11 @@ def _smear(words: Any, n_words: int, bits: int) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _field_sum(planes: Any, field: int, bit: int, bits: int) -> int:
+def _field_sum(planes: Any, field: int, bit: int, bits: int) -> Any:
     """Return the sum over ranks of one bit of one token, read from the planes."""
     per_word = 64 // bits
     shift = np.uint64((field % per_word) * bits + bit)
-    total = 0
+    total = np.int64(0)
     for p in range(planes.shape[0]):
         total += np.int64((planes[p, field // per_word] >> shift) & _U1) << p
     return total
@@ -203,6 +203,81 @@ def _count(ids: Any, start: int, n: int, counts: Any, partial: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _add_overlaps(
+    packed: Any, n_words: int, bits: int, planes: Any, carry: Any, lags: Any, overlap_counts: Any
+) -> None:
+    """Add the pairs of one chunk and block of lags that share exactly v experts, for each v.
+
+    ``overlap_counts[d, v - 1]`` is the state from the block's first lag on; lags beyond it are ignored.
+    """
+    _sum_planes(packed, n_words, planes, carry)
+    for v in range(1, packed.shape[0] + 1):
+        for i in range(n_words):
+            carry[i] = ~_U0
+        for p in range(planes.shape[0]):
+            flip = _U0 if (v >> p) & 1 else ~_U0
+            plane = planes[p]
+            for i in range(n_words):
+                carry[i] &= plane[i] ^ flip
+        found = _U0
+        for i in range(n_words):
+            found |= carry[i]
+        if found != _U0:
+            lags[:] = 0
+            _add_bit_counts(carry, n_words, bits, 1, lags)
+            for d in range(min(bits, overlap_counts.shape[0])):
+                overlap_counts[d, v - 1] += lags[d]
+
+
+@njit(cache=True, nogil=True)
+def _add_recent_uses(
+    planes: Any,
+    n_words: int,
+    bits: int,
+    delay: int,
+    begin: int,
+    end: int,
+    n: int,
+    lags: Any,
+    used: Any,
+    head: Any,
+    tail: Any,
+) -> None:
+    """Add, for sliding windows, the experts of a chunk's tokens that were used within the previous j tokens.
+
+    ``used[j]`` grows by all of them, ``head[j]`` by those of the run's first j tokens, and ``tail[j, m]`` is set to
+    those of its m-th token from the end; j = ``delay`` + 1 .. ``delay + bits``. ``planes`` hold the smeared words.
+    """
+    max_window = head.shape[0]
+    lags[:] = 0
+    for p in range(planes.shape[0]):
+        _add_bit_counts(planes[p], n_words, bits, 1 << p, lags)
+    for d in range(min(bits, max_window - 1 - delay)):
+        j = delay + d + 1
+        used[j] += lags[d]
+        for t in range(begin, min(end, j)):
+            head[j] += _field_sum(planes, t - begin, bits - 1 - d, bits)
+        for m in range(max(0, n - end), min(n - begin, max_window - 1 - j)):
+            tail[j, m] = _field_sum(planes, n - 1 - m - begin, bits - 1 - d, bits)
+
+
+@njit(cache=True, nogil=True)
+def _subtract_repeats(
+    planes: Any, bits: int, delay: int, begin: int, end: int, n: int, max_window: int, union_sum: Any
+) -> None:
+    """Subtract, for windows that do not overlap, the experts used earlier in their window.
+
+    The token at t is number t mod T of its window, so these are its experts used within the previous t mod T tokens.
+    """
+    for window in range(2, max_window + 1):
+        covered = (n // window) * window
+        for t in range(begin, min(end, covered)):
+            j = t % window
+            if delay < j <= delay + bits:
+                union_sum[window - 1] -= _field_sum(planes, t - begin, bits + delay - j, bits)
+
+
+@njit(cache=True, nogil=True)
 def _scan_run(
     ids: Any,
     start: int,
@@ -217,7 +292,6 @@ def _scan_run(
     carry: Any,
     tables: Any,
     seen: Any,
-    used: Any,
 ) -> None:
     """Add one run's window unions and lag overlaps.
 
@@ -231,81 +305,36 @@ def _scan_run(
         ``[D, k]`` int64: ``[d - 1, v - 1]`` grows by the pairs at lag d that share exactly v experts.
     rank0_repeats
         ``[D]`` int64: pairs at lag d whose rank-0 expert is the same.
-    packed, planes, carry, tables, seen, used
+    packed, planes, carry, tables, seen
         Scratch; ``packed[k, words]`` uint64 holds the history words of a chunk of tokens.
     """
     k = ids.shape[0]
     max_window = union_sum.shape[0]
     max_lag = overlap_counts.shape[0]
-    per_word = 64 // bits
-    chunk = packed.shape[1] * per_word
-    reach = max(max_lag, max_window - 1)
-    blocks = (reach + bits - 1) // bits
-    lags = np.zeros(bits, np.int64)
+    chunk = packed.shape[1] * (64 // bits)
     tables[:] = 0
-    used[:] = 0
-    # used[j]: over all tokens, experts that were also used within the previous j tokens. The sliding sum needs it
-    # without the first j tokens (head) and without the last T - 1 - j (tail[j, m]: m-th token from the end).
+    lags = np.zeros(bits, np.int64)
+    used = np.zeros(max_window, np.int64)
     head = np.zeros(max_window, np.int64)
     tail = np.zeros((max_window, max_window), np.int64)
     for begin in range(0, n, chunk):
         end = min(n, begin + chunk)
-        n_words = (end - begin + per_word - 1) // per_word
+        n_words = ((end - begin) * bits + 63) // 64
         seen[:] = False
-        for block in range(blocks):
+        for block in range(tables.shape[1]):
             delay = block * bits
             _pack_history(ids, start, begin, end, delay, bits, packed, tables[0, block])
             if max_lag > delay:
-                top = min(bits, max_lag - delay)
-                _sum_planes(packed, n_words, planes, carry)
-                for v in range(1, k + 1):
-                    found = _U0
-                    for i in range(n_words):
-                        carry[i] = ~_U0
-                    for p in range(planes.shape[0]):
-                        flip = _U0 if (v >> p) & 1 else ~_U0
-                        plane = planes[p]
-                        for i in range(n_words):
-                            carry[i] &= plane[i] ^ flip
-                    for i in range(n_words):
-                        found |= carry[i]
-                    if found != _U0:
-                        lags[:] = 0
-                        _add_bit_counts(carry, n_words, bits, 1, lags)
-                        for d in range(top):
-                            overlap_counts[delay + d, v - 1] += lags[d]
+                _add_overlaps(packed, n_words, bits, planes, carry, lags, overlap_counts[delay:])
             if max_window - 1 > delay:
                 if max_window - 1 > bits:
-                    words = packed.view(np.uint32)
-                    for r in range(k):
-                        for t in range(end - begin):
-                            if seen[r, t]:
-                                words[r, t] = 0xFFFFFFFF
-                            else:
-                                seen[r, t] = words[r, t] != 0
+                    _carry_uses(packed.view(np.uint32), end - begin, seen)
                 _smear(packed, n_words, bits)
                 _sum_planes(packed, n_words, planes, carry)
-                top = min(bits, max_window - 1 - delay)
                 if overlapping:
-                    lags[:] = 0
-                    for p in range(planes.shape[0]):
-                        _add_bit_counts(planes[p], n_words, bits, 1 << p, lags)
-                    for d in range(top):
-                        j = delay + d + 1
-                        used[j] += lags[d]
-                        for t in range(begin, min(end, j)):
-                            head[j] += _field_sum(planes, t - begin, bits - 1 - d, bits)
-                        for m in range(max_window - 1 - j):
-                            t = n - 1 - m
-                            if begin <= t < end:
-                                tail[j, m] = _field_sum(planes, t - begin, bits - 1 - d, bits)
+                    _add_recent_uses(planes, n_words, bits, delay, begin, end, n, lags, used, head, tail)
                 else:
-                    for window in range(2, min(max_window, n) + 1):
-                        covered = (n // window) * window
-                        for t in range(begin, min(end, covered)):
-                            j = t % window
-                            if delay < j <= delay + top:
-                                union_sum[window - 1] -= _field_sum(planes, t - begin, bits + delay - j, bits)
+                    _subtract_repeats(planes, bits, delay, begin, end, n, max_window, union_sum)
             if max_lag > delay:
                 _pack_history(ids[:1], start, begin, end, delay, bits, packed, tables[1, block])
                 lags[:] = 0
@@ -313,15 +342,26 @@ def _scan_run(
                 for d in range(min(bits, max_lag - delay)):
                     rank0_repeats[delay + d] += lags[d]
     for window in range(1, min(max_window, n) + 1):
-        if overlapping:
-            total = k * window * (n - window + 1)
-            for j in range(1, window):
-                total -= used[j] - head[j]
-                for m in range(window - 1 - j):
-                    total += tail[j, m]
-            union_sum[window - 1] += total
-        else:
+        if not overlapping:
             union_sum[window - 1] += k * window * (n // window)
+            continue
+        # A window's token number j counts the experts not used within the previous j tokens. Over all windows, it
+        # runs through the tokens from j on, without the last T - 1 - j.
+        total = k * window * (n - window + 1)
+        for j in range(1, window):
+            total -= used[j] - head[j] - tail[j, : window - 1 - j].sum()
+        union_sum[window - 1] += total
+
+
+@njit(cache=True, nogil=True)
+def _carry_uses(words: Any, n: int, seen: Any) -> None:
+    """Fill the words of experts that an earlier block of lags has seen already, and note those that this one sees."""
+    for r in range(words.shape[0]):
+        for t in range(n):
+            if seen[r, t]:
+                words[r, t] = 0xFFFFFFFF
+            else:
+                seen[r, t] = words[r, t] != 0
 
 
 @njit(cache=True, nogil=True)
@@ -440,7 +480,6 @@ def scan(
     carry = np.zeros(packed.shape[1], np.uint64)
     tables = np.zeros((2, blocks, num_experts), np.uint64)
     seen = np.zeros((k, chunk), np.bool_) if max_window - 1 > bits else np.zeros((1, 1), np.bool_)
-    used = np.zeros(max_window + 1, np.int64)
     last = np.zeros(num_experts, np.int64)
     partial = np.zeros((4, num_experts), np.int32)
     unit_counts = np.zeros(num_experts, np.int64)
@@ -473,7 +512,6 @@ def scan(
                 carry,
                 tables,
                 seen,
-                used,
             )
             if per_expert:
                 _scan_experts(ids, start, n, overlapping, expert_windows[cell, layer], last)
@@ -539,4 +577,4 @@ def expected_unique(counts: Any, tokens: Any, max_window: int) -> Any:
 
 def compiled() -> bool:
     """Return whether a compiled version of the kernels is at hand, in this process or in the on-disk cache."""
-    return bool(scan.signatures) or any(Path(scan.stats.cache_path).glob("kernels.scan-*.nbc"))
+    return bool(scan.signatures) or any(Path(scan.stats.cache_path or "").glob("kernels.scan-*.nbc"))

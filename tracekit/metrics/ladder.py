@@ -21,7 +21,9 @@ def uniform(num_experts: int, top_k: int, tokens: NDArray[np.int64] | int) -> ND
     return np.asarray(num_experts * (1 - (1 - top_k / num_experts) ** np.asarray(tokens, np.float64)))
 
 
-def ladder(r: Replicates, batch_size: int = 1) -> dict[str, NDArray[np.float64]]:
+def ladder(
+    r: Replicates, batch_size: int = 1, drawable: NDArray[np.int64] | None = None
+) -> dict[str, NDArray[np.float64]]:
     """Return every rung, ``[replicates, L, T]``, for a batch of windows drawn independently.
 
     Parameters
@@ -31,6 +33,9 @@ def ladder(r: Replicates, batch_size: int = 1) -> dict[str, NDArray[np.float64]]
     batch_size
         B, windows in the batch. Above 1 the union of B independent windows is sum_e 1 - (1 - q_e)^B with q_e the share
         of windows that contain expert e; the sums must hold counts per expert.
+    drawable
+        ``[T]`` requests that have a window of each length. With fewer than B of them there is no such batch: NaN, but
+        for ``uniform`` and ``popularity``, which do not depend on it.
     """
     lengths = np.arange(1, r.spec.max_window + 1)
     shape = (len(r), len(r.meta.layers), len(lengths))
@@ -44,23 +49,25 @@ def ladder(r: Replicates, batch_size: int = 1) -> dict[str, NDArray[np.float64]]
         rungs["request"] = r.ratio(s.request_union_sum, s.n_windows)
         rungs["observed"] = r.ratio(s.union_sum, s.n_windows)
         return rungs
-    if batch_size > r.requests or not len(s.expert_windows):
-        return rungs | {name: np.full(shape, np.nan) for name in RUNGS[1:]}
     out = {name: np.full(shape, np.nan) for name in RUNGS[1:]}
     counts = r.counts()
+    there = np.ones(shape[2], bool) if drawable is None else drawable >= batch_size
     for i in range(len(r)):
         members = r.members if i == 0 else r.members[r.members != r.left_out[i - 1]]
         windows = s.n_windows[members].sum(axis=0)[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            shares = {
-                "popularity": r.presence(counts[i]),
-                "request": np.where(windows > 0, s.request_expert_windows[members].sum(axis=0) / windows, np.nan),
-                "observed": np.where(windows > 0, s.expert_windows[members].sum(axis=0) / windows, np.nan),
-            }
+            shares = {"popularity": r.presence(counts[i])}
+            if len(s.expert_windows):
+                shares |= {
+                    "request": np.where(windows > 0, s.request_expert_windows[members].sum(axis=0) / windows, np.nan),
+                    "observed": np.where(windows > 0, s.expert_windows[members].sum(axis=0) / windows, np.nan),
+                }
         if r.cells.labels:
             shares["label"] = r.label_presence(i)
         for name, share in shares.items():
             out[name][i] = (1 - _power(1 - share, batch_size)).sum(axis=-1)
+            if name != "popularity":
+                out[name][i][:, ~there] = np.nan
     return rungs | out
 
 

@@ -38,7 +38,8 @@ def resolve_phase(requests: pl.DataFrame, phase: Phase | None) -> Phase:
     if phase is None:
         return "decode" if has["decode"] else "prefill" if has["prefill"] else "all"
     if not has[phase]:
-        reason = f"no {phase} tokens in this trace" if known else "the trace does not say which rows are prompt and which decode"
+        unknown = "the trace does not say which rows are prompt and which decode"
+        reason = f"no {phase} tokens in this trace" if known else unknown
         raise UnsupportedError(reason, remedy="Use --phase all, or ingest it again with a prompt length or --phase")
     return phase
 
@@ -55,14 +56,17 @@ def caveats(requests: pl.DataFrame, spec: Spec) -> list[str]:
         if min(sizes) < MIN_REQUESTS:
             notes.append(f"no interval with fewer than {MIN_REQUESTS} requests: there are {min(sizes)}{under}")
         elif min(sizes) < ROUGH_REQUESTS:
-            notes.append(f"intervals are rough with fewer than {ROUGH_REQUESTS} requests: there are {min(sizes)}{under}")
+            few = f"fewer than {ROUGH_REQUESTS} requests"
+            notes.append(f"intervals are rough with {few}: there are {min(sizes)}{under}")
     return notes
 
 
 class Measurement:
     """The sums of one pass over one trace. Its methods return frames; none reads the trace again."""
 
-    def __init__(self, meta: TraceMeta, requests: pl.DataFrame, spec: Spec, blocks: Iterable[Block], threads: int) -> None:
+    def __init__(
+        self, meta: TraceMeta, requests: pl.DataFrame, spec: Spec, blocks: Iterable[Block], threads: int
+    ) -> None:
         """Read ``blocks`` once; ``requests`` are the trace's requests in order."""
         self.meta, self.spec = meta, spec
         accumulator = Accumulator(meta, spec, requests, threads)
@@ -72,6 +76,7 @@ class Measurement:
         finally:
             accumulator.close()
         self.cells, self.state = accumulator.cells, accumulator.state
+        self._longest_run = accumulator.longest_run
 
     def _groups(self) -> Iterator[tuple[Replicates, list[tuple[dict[str, Any], NDArray[np.int64]]]]]:
         """Yield the sums of each output group with its rows: the group columns and the layers to average over."""
@@ -89,7 +94,7 @@ class Measurement:
         batch_sizes = _batch_sizes(batch_sizes)
         rows: list[dict[str, Any]] = []
         for r, groups in self._groups():
-            ladders = {b: ladder(r, b) for b in batch_sizes}
+            ladders = {b: ladder(r, b, self._drawable(r.group)) for b in batch_sizes}
             n_windows = r.state.n_windows[r.members].sum(axis=0)
             for group, layers in groups:
                 for b in batch_sizes:
@@ -100,6 +105,12 @@ class Measurement:
                         for t in range(1, self.spec.max_window + 1)
                     ]
         return self._frame("windows", rows)
+
+    def _drawable(self, group: int) -> NDArray[np.int64]:
+        """Return the requests of a group that have a window of length 1 .. T, ``[T]``."""
+        active = self.cells.cell >= 0
+        mine = active & (self.cells.cell_group[np.where(active, self.cells.cell, 0)] == group)
+        return (self._longest_run[mine, None] >= np.arange(1, self.spec.max_window + 1)).sum(axis=0)
 
     def _window_columns(self, rungs: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[Any]]:
         """Return the columns of one group and batch size, ``[T]`` each, from rungs ``[replicates, T]``."""
@@ -120,7 +131,7 @@ class Measurement:
         shared = np.arange(1, k + 1)
         s = self.state
         for r, groups in self._groups():
-            overlap = r.ratio(s.overlap_counts @ shared / k, s.n_pairs)
+            overlap = r.ratio((s.overlap_counts @ shared) / k, s.n_pairs)
             request = r.ratio(s.request_overlap_sum, s.n_pairs)[:1]
             counts = r.counts()[:1]
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -178,7 +189,8 @@ class Measurement:
                 counts, group = self.state.counts.sum(axis=0), {}
             measured = balance(counts, self.meta.top_k)
             rows += [
-                {"layer": layer, **group} | {name: value[i].item() for name, value in measured.items()}
+                {"by": "label" if group else "layer", "layer": layer, **group}
+                | {name: value[i].item() for name, value in measured.items()}
                 for i, layer in enumerate(self.meta.layers)
             ]
         return self._frame("load", rows)

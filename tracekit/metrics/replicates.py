@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,12 +25,12 @@ class Replicates:
     def __len__(self) -> int:
         return 1 + len(self.left_out)
 
-    def total(self, sums: NDArray[np.generic]) -> NDArray[np.generic]:
+    def total(self, sums: NDArray[Any]) -> NDArray[Any]:
         """Sum the group's cells of ``[C, …]``: ``[replicates, …]``."""
         total = sums[self.members].sum(axis=0)
         return np.concatenate([total[None], total[None] - sums[self.left_out]])
 
-    def ratio(self, sums: NDArray[np.generic], weights: NDArray[np.int64]) -> NDArray[np.float64]:
+    def ratio(self, sums: NDArray[Any], weights: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return total(sums) / total(weights), NaN where there is no weight."""
         denominator = self.total(weights).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -101,7 +101,8 @@ class Cells:
 
         if spec.by == "label":
             if not labelled:
-                raise UsageError("no request of this trace has a label", remedy="Ingest it with --label or --label-fields")
+                found = "no request of this trace has a label"
+                raise UsageError(found, remedy="Ingest it with --label or --label-fields")
             keys: list[str | None] = list(names)
         elif spec.by == "request":
             keys = list(ids)
@@ -153,7 +154,7 @@ def _hash(request_id: str, seed: int) -> int:
 
 
 def _index(keys: NDArray[np.int64], active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the distinct active keys; return the number of each row (-1 where inactive) and the keys."""
+    """Return the number of each row's key among the distinct active ones (-1 where inactive), and those keys."""
     index = np.full(len(keys), -1, np.int64)
     distinct, inverse = np.unique(keys[active], axis=0, return_inverse=True)
     index[active] = inverse.reshape(-1)
@@ -240,6 +241,8 @@ class Accumulator:
         self.meta, self.spec = meta, spec
         self.cells = Cells.assign(requests, spec)
         self.state = State.empty(meta, spec, self.cells)
+        self.longest_run = np.zeros(requests.height, np.int64)
+        """``[requests]`` tokens of each request's longest run: with fewer it has no window of that length."""
         self._decode_start = requests["decode_start"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
         self._layer_index = np.full(max(meta.layers) + 1, -1, np.int64)
         self._layer_index[list(meta.layers)] = np.arange(len(meta.layers))
@@ -255,10 +258,13 @@ class Accumulator:
     def add(self, block: Block) -> None:
         """Accumulate one block."""
         request, layer, start, length, part = self._phase_runs(block)
+        if not len(request):
+            return
+        np.maximum.at(self.longest_run, request, length)
         key = np.stack([request, layer, part], axis=1)
         first = np.flatnonzero(np.any(key[1:] != key[:-1], axis=1)) + 1
-        first = np.concatenate([[0], first]) if len(key) else first
-        unit_runs = np.stack([first, np.append(first[1:], len(key))], axis=1).reshape(-1, 2)
+        first = np.concatenate([[0], first])
+        unit_runs = np.stack([first, np.append(first[1:], len(key))], axis=1)
         layers = self._layer_index[layer[first]]
         units = np.stack([layers, self.cells.cell[request[first]], self.cells.count_cell[request[first]]], axis=1)
         state = [getattr(self.state, field.name) for field in fields(self.state)]
