@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def block_of(requests: Requests, numbers: Sequence[int], layers: Sequence[int]) 
         for i, layer in enumerate(layers):
             columns.append(np.asarray(requests[number]["ids"])[:, i, :])
             runs += [
-                (row + a, number, layer, positions[a], b - a) for a, b in zip(starts, starts[1:], strict=False) if b > a
+                (row + a, number, layer, positions[a], b - a) for a, b in itertools.pairwise(starts) if b > a
             ]
             row += len(positions)
     ids = np.ascontiguousarray(np.concatenate(columns).T)
@@ -305,7 +306,7 @@ def test_bounds(trace: tuple[Requests, int]) -> None:
         holes = np.diff(oracle.positions(next(r for r in requests if r["request_id"] == request[0])))
         start = next(r for r in requests if r["request_id"] == request[0])["decode_start"]
         if start is None and (holes == 1).all():
-            assert all(b >= a - 1e-9 for a, b in zip(observed, observed[1:], strict=False))
+            assert all(b >= a - 1e-9 for a, b in itertools.pairwise(observed))
 
 
 @given(traces(min_requests=3, max_requests=4), st.sampled_from([None, "label", "request"]))

@@ -1,4 +1,4 @@
-"""tracekit: what does a Mixture-of-Experts model's routing, on this workload, allow?
+"""Measure what a Mixture-of-Experts model's routing, on a given workload, allows.
 
 It keeps per-token, per-layer expert ids in one open Parquet store and measures how many experts a verification window
 loads, how far below independence that is, why, and how long the correlation lasts.

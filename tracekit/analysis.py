@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,12 @@ from tracekit.errors import TracekitWarning, UsageError
 from tracekit.metrics.measurement import Measurement, caveats, resolve_phase
 from tracekit.metrics.state import Spec
 from tracekit.schema import By, Phase
-from tracekit.store import Store, results
+from tracekit.store import Store, TraceInfo, results
 
 if TYPE_CHECKING:
     import polars as pl
 
 StoreLike = Store | str | Path
-
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes of the summary and of the chart by batch size."""
 
 
 def as_store(store: StoreLike) -> Store:
@@ -35,93 +32,130 @@ def threads() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class _Wanted:
     """One result that is wanted of a trace: how it is measured, keyed, and finalised."""
 
     kind: str
     spec: Spec
-    finalise: Callable[[Measurement], pl.DataFrame]
     key: dict[str, Any]
     """What the numbers depend on, besides the trace."""
+    finalise: Callable[[Measurement], pl.DataFrame]
 
 
-def wanted_windows(spec: Spec, batch_sizes: Sequence[int] = (1,)) -> Wanted:
-    """Ask for unique experts per window; see :func:`windows`."""
+def _want_windows(
+    phase: Phase, *, max_window: int = 8, batch_size: Sequence[int] = (1,), overlapping: bool = True, **common: Any
+) -> _Wanted:
     import polars as pl
 
-    spec = replace(spec, batches=max(batch_sizes, default=1) > 1)
-    key = _key(spec, "max_window", "overlapping") | {"batch_size": list(batch_sizes)}
-    return Wanted("windows", spec, lambda m: m.windows(batch_sizes).filter(pl.col("window") <= spec.max_window), key)
+    batches = max(batch_size, default=1) > 1
+    spec = Spec(phase, max_window=max_window, overlapping=overlapping, batches=batches, **common)
+    key = {"max_window": max_window, "batch_size": list(batch_size), "overlapping": overlapping, **common}
+    return _Wanted("windows", spec, key, lambda m: m.windows(batch_size).filter(pl.col("window") <= max_window))
 
 
-def wanted_autocorr(spec: Spec) -> Wanted:
-    """Ask for temporal autocorrelation; see :func:`autocorr`."""
+def _want_autocorr(phase: Phase, *, max_lag: int = 32, **common: Any) -> _Wanted:
     import polars as pl
 
-    return Wanted("autocorr", spec, lambda m: m.autocorr().filter(pl.col("lag") <= spec.max_lag), _key(spec, "max_lag"))
+    if max_lag < 1:
+        raise UsageError(f"a largest lag of {max_lag}", expected="at least 1")
+    spec = Spec(phase, max_lag=max_lag, **common)
+    key = {"max_lag": max_lag, **common}
+    return _Wanted("autocorr", spec, key, lambda m: m.autocorr().filter(pl.col("lag") <= max_lag))
 
 
-def wanted_attribution(spec: Spec, window: int) -> Wanted:
-    """Ask for the causes of the reduction; see :func:`attribution`."""
-    spec = replace(spec, max_window=window)
-    return Wanted("attribution", spec, lambda m: m.attribution(window), _key(spec, "max_window"))
+def _want_attribution(phase: Phase, *, window: int = 4, **common: Any) -> _Wanted:
+    if window < 2:
+        raise UsageError(f"a window of {window} tokens", expected="at least 2")
+    spec = Spec(phase, max_window=window, **common)
+    return _Wanted("attribution", spec, {"window": window, **common}, lambda m: m.attribution(window))
 
 
-def wanted_load(spec: Spec) -> Wanted:
-    """Ask for popularity and balance; see :func:`load`."""
-    return Wanted("load", spec, Measurement.load, {"phase": spec.phase, "by": spec.by})
+def _want_load(phase: Phase, *, by: By | None = None, **common: Any) -> _Wanted:
+    if by == "request":
+        raise UsageError("load by request", expected="by layer or by label")
+    group: By | None = "label" if by == "label" else None
+    return _Wanted("load", Spec(phase, by=group, **common), {"by": group}, Measurement.load)
 
 
-def _key(spec: Spec, *names: str) -> dict[str, Any]:
-    values = asdict(spec)
-    return {name: values[name] for name in ("phase", "by", "intervals", "seed", *names)}
+_WANT: dict[str, Callable[..., _Wanted]] = {
+    "windows": _want_windows,
+    "autocorr": _want_autocorr,
+    "attribution": _want_attribution,
+    "load": _want_load,
+}
 
 
-def obtain(
-    store: Store, trace: str | None, phase: Phase | None, wanted: Callable[[Phase], list[Wanted]]
+def ensure(
+    store: StoreLike,
+    wanted: Sequence[tuple[str, dict[str, Any]]],
+    *,
+    trace: str | None = None,
+    phase: Phase | None = None,
+    intervals: bool = True,
+    seed: int = 0,
 ) -> list[pl.DataFrame]:
-    """Return results for one trace or all of them: those that are saved are read, the others share one pass.
+    """Return several results, of one trace or of all: what is not saved yet is measured in as few passes as possible.
 
     Parameters
     ----------
     wanted
-        Given the phase that a trace is measured in, the results wanted of it; they may differ in window lengths,
-        lags and batches only.
+        For each result its kind (``windows``, ``autocorr``, ``attribution``, ``load``) and the arguments of the
+        function of that name.
+    trace, phase, intervals, seed
+        As in :func:`windows`.
 
     Returns
     -------
-    One frame per result wanted, with a row block per trace.
+    list of polars.DataFrame
+        One frame per result, with the columns of the view of that name.
     """
     import polars as pl
 
+    store = as_store(store)
     infos = [store.trace(trace)] if trace is not None else store.traces() or [store.trace()]
     per_trace = []
     for info in infos:
         requests = store.requests(info)
-        asked = wanted(resolve_phase(requests, phase))
-        _warn(requests, asked[0].spec)
-        frames = [results.load(store.path, w.kind, info, w.key) for w in asked]
-        missing = [w for w, frame in zip(asked, frames, strict=True) if frame is None]
-        if missing:
-            shared = replace(
-                missing[0].spec,
-                max_window=max(w.spec.max_window for w in missing),
-                max_lag=max(w.spec.max_lag for w in missing),
-                batches=any(w.spec.batches for w in missing),
-            )
-            measured = Measurement(info.meta, requests, shared, store.blocks(info), threads())
-            for w in missing:
-                frame = w.finalise(measured)
-                results.save(store.path, w.kind, info, w.key, frame)
-                frames[asked.index(w)] = frame
-        name = pl.lit(info.name).alias("trace")
-        per_trace.append([frame.select(name, pl.all()) for frame in frames if frame is not None])
+        actual = resolve_phase(requests, phase)
+        asked = [_WANT[kind](actual, **{"by": None, "intervals": intervals, "seed": seed} | a) for kind, a in wanted]
+        for spec in {w.spec for w in asked if w.kind != "load"}:
+            _warn(requests, spec)
+        frames = _obtain(store, info, requests, asked)
+        per_trace.append([frame.select(pl.lit(info.name).alias("trace"), pl.all()) for frame in frames])
     return [pl.concat(frames) for frames in zip(*per_trace, strict=True)]
+
+
+def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[_Wanted]) -> list[pl.DataFrame]:
+    """Return the results asked for: saved ones are read, the others computed and saved."""
+    frames = [results.load(store.path, w.kind, info, w.key | {"phase": w.spec.phase}) for w in asked]
+    passes: dict[Spec, list[int]] = {}
+    for i, frame in enumerate(frames):
+        if frame is None:
+            passes.setdefault(replace(asked[i].spec, max_window=1, max_lag=0, batches=False), []).append(i)
+    for spec, members in passes.items():
+        specs = [asked[i].spec for i in members]
+        shared = replace(
+            spec,
+            max_window=max(s.max_window for s in specs),
+            max_lag=max(s.max_lag for s in specs),
+            batches=any(s.batches for s in specs),
+        )
+        measured = Measurement(info.meta, requests, shared, store.blocks(info), threads())
+        for i in members:
+            frame = frames[i] = asked[i].finalise(measured)
+            results.save(store.path, asked[i].kind, info, asked[i].key | {"phase": spec.phase}, frame)
+    return [frame for frame in frames if frame is not None]
 
 
 def _warn(requests: pl.DataFrame, spec: Spec) -> None:
     for note in caveats(requests, spec):
         warnings.warn(note, TracekitWarning, stacklevel=4)
+
+
+def _shown(frame: pl.DataFrame, by: By | None, *also: str) -> pl.DataFrame:
+    """Leave out the columns that say how a row was grouped, but for the group itself."""
+    groups = {"layer": "layer", "label": "label", "request_id": "request"}
+    return frame.drop("by", *(column for column, name in groups.items() if name != by and column not in also))
 
 
 def measure(
@@ -235,13 +269,10 @@ def windows(
     UsageError
         An argument is out of range.
     """
-    sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
-
-    def wanted(phase: Phase) -> list[Wanted]:
-        spec = Spec(phase, max_window=max_window, overlapping=overlapping, by=by, intervals=intervals, seed=seed)
-        return [wanted_windows(spec, sizes)]
-
-    return _shown(obtain(as_store(store), trace, phase, wanted)[0], by).drop("overlapping")
+    sizes = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+    arguments = {"max_window": max_window, "batch_size": sizes, "overlapping": overlapping, "by": by}
+    [frame] = ensure(store, [("windows", arguments)], trace=trace, phase=phase, intervals=intervals, seed=seed)
+    return _shown(frame, by).drop("overlapping")
 
 
 def autocorr(
@@ -270,13 +301,9 @@ def autocorr(
         coefficient against popularity, (overlap - expected) / (1 - expected); ``jaccard``, ``any_shared`` and
         ``rank0_repeat`` are means over pairs (the last is null unless the trace keeps router order).
     """
-    if max_lag < 1:
-        raise UsageError(f"a largest lag of {max_lag}", expected="at least 1")
-
-    def wanted(phase: Phase) -> list[Wanted]:
-        return [wanted_autocorr(Spec(phase, max_lag=max_lag, by=by, intervals=intervals, seed=seed))]
-
-    return _shown(obtain(as_store(store), trace, phase, wanted)[0], by)
+    arguments = {"max_lag": max_lag, "by": by}
+    [frame] = ensure(store, [("autocorr", arguments)], trace=trace, phase=phase, intervals=intervals, seed=seed)
+    return _shown(frame, by)
 
 
 def attribution(
@@ -307,11 +334,9 @@ def attribution(
         One row per trace, phase, group and cause. ``drop`` is in unique experts; ``share`` is the cause's part of the
         whole drop. An unresolved label has drop 0 and a null share, and ``request`` starts from popularity.
     """
-
-    def wanted(phase: Phase) -> list[Wanted]:
-        return [wanted_attribution(Spec(phase, by=by, intervals=intervals, seed=seed), window)]
-
-    return _shown(obtain(as_store(store), trace, phase, wanted)[0], by)
+    arguments = {"window": window, "by": by}
+    [frame] = ensure(store, [("attribution", arguments)], trace=trace, phase=phase, intervals=intervals, seed=seed)
+    return _shown(frame, by)
 
 
 def load(
@@ -330,40 +355,5 @@ def load(
         ln N), ``effective_experts`` exp(H), ``dead_experts``, ``top_share`` (activations of the k most popular
         experts) and ``sum_p2_over_k``, the overlap that popularity alone gives.
     """
-    if by == "request":
-        raise UsageError("load by request", expected="by layer or by label")
-    group: By | None = "label" if by == "label" else None
-
-    def wanted(phase: Phase) -> list[Wanted]:
-        return [wanted_load(Spec(phase, by=group, intervals=False))]
-
-    return _shown(obtain(as_store(store), trace, phase, wanted)[0], group, layer=True)
-
-
-def headline(
-    store: StoreLike,
-    *,
-    trace: str | None = None,
-    phase: Phase | None = None,
-    window: int = 4,
-    intervals: bool = True,
-    seed: int = 0,
-) -> None:
-    """Compute what the summary needs, in one pass: windows, batches, autocorrelation, attribution and load."""
-
-    def wanted(phase: Phase) -> list[Wanted]:
-        spec = Spec(phase, max_window=max(8, window), max_lag=32, intervals=intervals, seed=seed)
-        return [
-            wanted_windows(spec, BATCH_SIZES),
-            wanted_autocorr(spec),
-            wanted_attribution(spec, window),
-            wanted_load(spec),
-        ]
-
-    obtain(as_store(store), trace, phase, wanted)
-
-
-def _shown(frame: pl.DataFrame, by: By | None, *, layer: bool = False) -> pl.DataFrame:
-    """Leave out the group columns that this grouping does not use."""
-    shown = {"layer": layer or by == "layer", "label": by == "label", "request_id": by == "request"}
-    return frame.drop("by", *(column for column, keep in shown.items() if not keep))
+    [frame] = ensure(store, [("load", {"by": by})], trace=trace, phase=phase, intervals=False)
+    return _shown(frame, by, "layer")

@@ -110,7 +110,8 @@ class Measurement:
         """Return the requests of a group that have a window of length 1 .. T, ``[T]``."""
         active = self.cells.cell >= 0
         mine = active & (self.cells.cell_group[np.where(active, self.cells.cell, 0)] == group)
-        return (self._longest_run[mine, None] >= np.arange(1, self.spec.max_window + 1)).sum(axis=0)
+        lengths = np.arange(1, self.spec.max_window + 1)
+        return np.asarray((self._longest_run[mine, None] >= lengths).sum(axis=0))
 
     def _window_columns(self, rungs: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[Any]]:
         """Return the columns of one group and batch size, ``[T]`` each, from rungs ``[replicates, T]``."""

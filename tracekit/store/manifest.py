@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -81,10 +82,9 @@ class TraceInfo:
     @property
     def content(self) -> str:
         """Hex digest of the trace's content; results are keyed by it."""
-        import hashlib
-
-        parts = [str(asdict(self.meta)[k]) for k in ("num_experts", "top_k", "layers", "router_order")]
-        return hashlib.blake2b("|".join([*parts, *(s.content for s in self.segments)]).encode(), digest_size=16).hexdigest()
+        meta = self.meta
+        parts = [meta.num_experts, meta.top_k, meta.layers, meta.router_order, *(s.content for s in self.segments)]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def part_name(index: int) -> str:
@@ -132,9 +132,7 @@ def read_manifest(root: Path) -> list[TraceInfo]:
 def _trace(entry: dict[str, Any]) -> TraceInfo:
     meta = dict(entry["meta"])
     meta["layers"] = tuple(meta["layers"])
-    segments = [
-        Segment(**{**s, "parts": tuple(s["parts"]), "sources": tuple(s["sources"])}) for s in entry["segments"]
-    ]
+    segments = [Segment(**{**s, "parts": tuple(s["parts"]), "sources": tuple(s["sources"])}) for s in entry["segments"]]
     for segment in segments:
         if not segment.id.isalnum():
             raise ValueError(f"segment id {segment.id!r}")
@@ -179,7 +177,8 @@ def locked(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError("another ingest is writing to it", where=str(root), remedy="Try again when it ends") from None
+            found = "another ingest is writing to it"
+            raise StoreError(found, where=str(root), remedy="Try again when it ends") from None
         yield
 
 
@@ -191,5 +190,5 @@ def sweep(root: Path, traces: list[TraceInfo]) -> None:
             shutil.rmtree(directory, ignore_errors=True)
     contents = {trace.content for trace in traces}
     for result in (root / RESULTS).glob("*.parquet"):
-        if result.stem.split("-")[1] not in contents:
+        if not any(f"-{content}-" in result.name for content in contents):
             result.unlink(missing_ok=True)

@@ -62,7 +62,8 @@ class Store:
             raise StoreError("holds no traces yet", where=str(self.path), remedy="Add one with: tracekit ingest")
         listed = ", ".join(repr(n) for n in names[:8]) + (", …" if len(names) > 8 else "")
         if name is None:
-            raise StoreError(f"holds {len(traces)} traces ({listed})", where=str(self.path), remedy="Name one with --trace")
+            found = f"holds {len(traces)} traces ({listed})"
+            raise StoreError(found, where=str(self.path), remedy="Name one with --trace")
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             raise StoreError(
@@ -144,7 +145,7 @@ class Store:
 
         path = self._path(segment, name)
         try:
-            return pl.read_parquet(path, columns=columns, memory_map=False)
+            return pl.read_parquet(path, columns=columns, memory_map=False, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise StoreError(
                 f"cannot be read ({error})", where=str(path), remedy="Ingest the trace again with --force"

@@ -88,16 +88,18 @@ def load(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any])
     import polars as pl
 
     try:
-        return pl.read_parquet(path(root, kind, trace, parameters))
-    except (FileNotFoundError, pl.exceptions.PolarsError):
+        return pl.read_parquet(path(root, kind, trace, parameters), glob=False)
+    except (OSError, pl.exceptions.PolarsError):
         return None
 
 
 def save(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any], frame: pl.DataFrame) -> None:
     """Save a result atomically; a store that cannot be written to is left as it is."""
+    import polars as pl
+
     target = path(root, kind, trace, parameters)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, pl.exceptions.PolarsError):
         target.parent.mkdir(exist_ok=True)
         try:
             frame.write_parquet(temporary)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,11 +158,12 @@ def _activations(root: Path, traces: list[TraceInfo]) -> str:
     selects = []
     for t in traces:
         weighted = any(s.has_weights for s in t.segments)
-        selects += [
-            f"SELECT {quote(t.name)} AS trace, request, layer, pos, {_PHASE}, {rank}::UTINYINT AS rank, "
-            f"e{rank}::USMALLINT AS expert, {f'w{rank}' if weighted else 'NULL::FLOAT'} AS weight FROM {_parts(root, t)}"
-            for rank in range(t.meta.top_k)
-        ]
+        for rank in range(t.meta.top_k):
+            weight = f"w{rank}" if weighted else "NULL::FLOAT"
+            selects.append(
+                f"SELECT {quote(t.name)} AS trace, request, layer, pos, {_PHASE}, {rank}::UTINYINT AS rank, "
+                f"e{rank}::USMALLINT AS expert, {weight} AS weight FROM {_parts(root, t)}"
+            )
     return _union(selects, _empty({**_ROW, "rank": "UTINYINT", "expert": "USMALLINT", "weight": "FLOAT"}))
 
 
@@ -211,27 +215,27 @@ def connect(
 
     con = duckdb.connect()
     # Larger than memory is the normal case; what does not fit is spilled to a private directory.
-    con.execute("SET temp_directory = ?", [str(_spill_directory())])
+    con.execute("SET temp_directory = ?", [_spill_directory()])
     con.execute("SET enable_progress_bar = false")
     con.execute(script(root, traces))
     for name, value in (variables or {}).items():
         if not name.isidentifier():
             raise QueryError(f"{name!r} is not a variable name")
         con.execute(f'SET VARIABLE "{name}" = {quote(value)}')
-    con.execute("SET allowed_directories = [" + quote(root.as_posix() + "/") + "]")
+    # A pattern is held against the directories as it is written, so a root with glob characters is listed twice.
+    directories = {root.as_posix() + "/", _glob_escaped(root) + "/"}
+    con.execute("SET allowed_directories = [" + ", ".join(map(quote, sorted(directories))) + "]")
     con.execute("SET enable_external_access = false")
     con.execute("SET lock_configuration = true")
     return con
 
 
-_spill: tempfile.TemporaryDirectory[str] | None = None
-
-
-def _spill_directory() -> Path:
-    global _spill  # one per process; removed at exit
-    if _spill is None:
-        _spill = tempfile.TemporaryDirectory(prefix="tracekit-")
-    return Path(_spill.name)
+@cache
+def _spill_directory() -> str:
+    """Return this process's private directory for what does not fit into memory; it is removed at exit."""
+    directory = tempfile.mkdtemp(prefix="tracekit-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def run(con: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ def ingest(
     num_experts: int | None = None,
     top_k: int | None = None,
     axes: str | None = None,
-    phase: str | None = None,
+    phase: Literal["decode", "prefill"] | None = None,
     requests: str | Path | Sequence[Mapping[str, Any]] | None = None,
     label_fields: Sequence[str] = (),
     labels: Mapping[str, str] | None = None,
@@ -257,6 +257,10 @@ class _Block:
     def rows(self) -> int:
         return len(self.layers) * len(self.positions)
 
+    def weights_of(self, rank: int) -> NDArray[np.float32]:
+        """Return the rank's router weights, NaN where this request has none."""
+        return np.full(self.rows, np.nan, np.float32) if self.weights is None else self.weights[:, rank, :].ravel()
+
 
 @dataclass
 class _SegmentWriter:
@@ -299,7 +303,8 @@ class _SegmentWriter:
             request.first_pos + np.arange(tokens, dtype=np.int64) if request.positions is None else request.positions
         )
         if tokens and (int(positions[0]) < 0 or int(positions[-1]) >= 1 << 32):
-            raise SourceError(f"positions {positions[0]} to {positions[-1]}", where=request.where, expected="0 to 2^32-1")
+            found = f"positions {positions[0]} to {positions[-1]}"
+            raise SourceError(found, where=request.where, expected="0 to 2^32 - 1")
         per_part = max(1, PART_ROWS // max(1, tokens))
         if self._rows and self._rows + tokens * layers > PART_ROWS:
             self._flush()
@@ -341,23 +346,21 @@ class _SegmentWriter:
         self._flush()
         for future in self._pending:
             self._digests.append(future.result())
-        requests = pl.DataFrame(self._request_rows, schema=_REQUESTS_SCHEMA())
-        requests.write_parquet(self.directory / "requests.parquet")
+        requests = pl.DataFrame(self._request_rows, schema=_requests_schema())
+        _write_parquet(requests, self.directory / "requests.parquet")
         runs = np.concatenate(self._runs) if self._runs else np.zeros((0, 6), np.int64)
-        pl.DataFrame(
-            {column: runs[:, i] for i, column in enumerate(("part", "row", "request", "layer", "pos", "n"))},
-            schema=_RUNS_SCHEMA(),
-        ).write_parquet(self.directory / "runs.parquet")
+        schema = _runs_schema()
+        frame = pl.DataFrame({column: runs[:, i] for i, column in enumerate(schema)}, schema=schema)
+        _write_parquet(frame, self.directory / "runs.parquet")
         if self._token_ids:
-            pl.concat(
-                [
-                    pl.DataFrame(
-                        {"request": np.full(len(ids), request), "pos": positions, "token_id": ids},
-                        schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64},
-                    )
-                    for request, positions, ids in self._token_ids
-                ]
-            ).write_parquet(self.directory / "tokens.parquet")
+            numbers, positions, ids = zip(*self._token_ids, strict=True)
+            columns = {
+                "request": np.repeat(np.array(numbers), [len(i) for i in ids]),
+                "pos": np.concatenate(positions),
+                "token_id": np.concatenate(ids),
+            }
+            frame = pl.DataFrame(columns, schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64})
+            _write_parquet(frame, self.directory / "tokens.parquet")
         for path in self.directory.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -411,11 +414,8 @@ class _SegmentWriter:
                 run[:, 4], run[:, 5] = block.positions[starts], lengths
                 self._runs.append(run)
             row += block.rows
-        while sum(not f.done() for f in self._pending) >= _WRITERS:
-            self._pending[len(self._pending) - _WRITERS].result()
-        for future in self._pending:
-            if future.done():
-                future.result()
+        if len(self._pending) >= _WRITERS:
+            self._digests.append(self._pending.pop(0).result())
         self._pending.append(
             self._pool.submit(_write_part, self.directory / part_name(part), self._blocks, self.meta.top_k)
         )
@@ -440,26 +440,34 @@ def _write_part(path: Path, blocks: list[_Block], top_k: int) -> str:
     """Write one part file and return the digest of its ids."""
     import polars as pl
 
-    shapes = [(len(b.layers), len(b.positions)) for b in blocks]
+    rows = [b.rows for b in blocks]
     columns: dict[str, Any] = {
-        "request": np.repeat(np.array([b.request for b in blocks], np.uint32), [layers * n for layers, n in shapes]),
-        "layer": np.concatenate([np.repeat(b.layers, n) for b, (_, n) in zip(blocks, shapes, strict=True)]),
-        "pos": np.concatenate([np.tile(b.positions.astype(np.uint32), layers) for b, (layers, _) in zip(blocks, shapes, strict=True)]),
+        "request": np.repeat(np.array([b.request for b in blocks], np.uint32), rows),
+        "layer": np.concatenate([np.repeat(b.layers, len(b.positions)) for b in blocks]),
+        "pos": np.concatenate([np.tile(b.positions.astype(np.uint32), len(b.layers)) for b in blocks]),
         "decode": pl.concat([_decode_column(b) for b in blocks]),
     }
+    weighted = any(b.weights is not None for b in blocks)
     digest = hashlib.blake2b(digest_size=16)
     for rank in range(top_k):
-        column = np.concatenate([b.ids[:, rank, :].ravel() for b in blocks])
-        digest.update(column)
-        columns[f"e{rank}"] = column
-    if any(b.weights is not None for b in blocks):
-        for rank in range(top_k):
-            columns[f"w{rank}"] = np.concatenate(
-                [np.full(b.rows, np.nan, np.float32) if b.weights is None else b.weights[:, rank, :].ravel() for b in blocks]
-            )
+        columns[f"e{rank}"] = np.concatenate([b.ids[:, rank, :].ravel() for b in blocks])
+        digest.update(columns[f"e{rank}"])
+        if weighted:
+            columns[f"w{rank}"] = np.concatenate([b.weights_of(rank) for b in blocks])
+            digest.update(columns[f"w{rank}"])
     frame = pl.DataFrame(columns)
-    frame.write_parquet(path, row_group_size=max(1, frame.height))
+    _write_parquet(frame, path)
     return digest.hexdigest()
+
+
+def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
+    """Write a frame as one row group; a disk that is full is an OSError, whatever Polars calls it."""
+    import polars as pl
+
+    try:
+        frame.write_parquet(path, row_group_size=max(1, frame.height))
+    except pl.exceptions.PolarsError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _decode_column(block: _Block) -> pl.Series:
@@ -474,10 +482,10 @@ def _request_ids(root: Path, trace: TraceInfo) -> set[str]:
     import polars as pl
 
     paths = [root / SEGMENTS / s.id / "requests.parquet" for s in trace.segments]
-    return {str(i) for p in paths for i in pl.read_parquet(p, columns=["request_id"])["request_id"]}
+    return {str(i) for p in paths for i in pl.read_parquet(p, columns=["request_id"], glob=False)["request_id"]}
 
 
-def _REQUESTS_SCHEMA() -> dict[str, Any]:
+def _requests_schema() -> dict[str, Any]:
     import polars as pl
 
     return {
@@ -493,7 +501,7 @@ def _REQUESTS_SCHEMA() -> dict[str, Any]:
     }
 
 
-def _RUNS_SCHEMA() -> dict[str, Any]:
+def _runs_schema() -> dict[str, Any]:
     import polars as pl
 
     return {
