@@ -45,9 +45,7 @@ def block_of(requests: Requests, numbers: Sequence[int], layers: Sequence[int]) 
         starts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1), len(positions)]
         for i, layer in enumerate(layers):
             columns.append(np.asarray(requests[number]["ids"])[:, i, :])
-            runs += [
-                (row + a, number, layer, positions[a], b - a) for a, b in itertools.pairwise(starts) if b > a
-            ]
+            runs += [(row + a, number, layer, positions[a], b - a) for a, b in itertools.pairwise(starts) if b > a]
             row += len(positions)
     ids = np.ascontiguousarray(np.concatenate(columns).T)
     names = ("row", "request", "layer", "pos", "n")
@@ -263,8 +261,10 @@ def test_attribution_equals_the_oracle(trace: tuple[Requests, int]) -> None:
     want = oracle.attribution(requests, num_experts, k, window=2, phase="decode")
     ours = measured(requests, num_experts, Spec("decode", max_window=3)).attribution(2).to_dicts()
     for row, expected in zip(ours, want, strict=True):
-        for name in ("cause", "unique_before", "unique_after", "drop", "share"):
-            same = row[name] == expected[name] if name == "cause" else close(row[name], expected[name], 1e-7)
+        for name in ("cause", "unique_before", "unique_after", "drop", "share", "resolved"):
+            same = (
+                row[name] == expected[name] if name in ("cause", "resolved") else close(row[name], expected[name], 1e-7)
+            )
             assert same, (name, row, expected)
 
 

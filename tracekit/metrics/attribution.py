@@ -34,9 +34,9 @@ def telescope(rungs: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
         with np.errstate(invalid="ignore", divide="ignore"):
             return jackknife((drop / total)[:, None])
 
-    has_label = bool(rungs["popularity"][0] >= rungs["label"][0] >= rungs["request"][0]) and _trusted(
-        share_of(rungs["popularity"] - rungs["label"])
-    )
+    label_share = share_of(rungs["popularity"] - rungs["label"])
+    ordered = bool(rungs["popularity"][0] >= rungs["label"][0] >= rungs["request"][0])
+    has_label = ordered and _trusted(label_share) and not bool(label_share.contains(0.0)[0])
     path = [name for name in RUNGS if name != "label" or has_label]
     rows = []
     for cause, rung in zip(CAUSES, RUNGS[1:], strict=True):
@@ -60,10 +60,7 @@ def telescope(rungs: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
 
 
 def _trusted(share: Interval) -> bool:
-    """Return whether a share's interval contains the plain estimate and not 0.
-
-    Without an interval any number is trusted: there is nothing to hold against it.
-    """
+    """Return whether a share is a number that its interval, if there is one, contains."""
     if np.isnan(share.lo[0]):
         return bool(np.isfinite(share.estimate[0]))
-    return bool(share.contains(share.estimate)[0]) and not bool(share.contains(0.0)[0])
+    return bool(share.contains(share.estimate)[0])

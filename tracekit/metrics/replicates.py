@@ -70,6 +70,12 @@ class Replicates:
         if not self.cells.labels:
             return np.full(shape, np.nan)
         labels, here = self.label_pools()
+        if self.spec.by == "request":
+            counts = self.state.counts[here].sum(axis=0)
+            windows = self.state.n_windows[self.members].sum(axis=0)
+            return np.where(windows > 0, expected_unique(counts, self.tokens(counts), self.spec.max_window), np.nan)[
+                None
+            ]
         expected = np.zeros(shape)
         weight = np.zeros(shape)
         for label in labels:

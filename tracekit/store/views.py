@@ -216,7 +216,6 @@ def connect(
     con = duckdb.connect()
     # Larger than memory is the normal case; what does not fit is spilled to a private directory.
     con.execute("SET temp_directory = ?", [_spill_directory()])
-    con.execute("SET enable_progress_bar = false")
     con.execute(script(root, traces))
     for name, value in (variables or {}).items():
         if not name.isidentifier():

@@ -1,0 +1,80 @@
+# Everything a fresh machine needs is made here: Python 3.11+ and make are enough.
+#
+#   make demo    environment, sample traces into a store, its summary, charts
+#   make test    development environment, lint, types, layering, tests
+#   make bench   the benchmarks of benchmarks/README.md
+#   make clean   remove what the above made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+CHARTS := windows autocorr attribution
+
+.PHONY: demo test lint bare bench clean
+
+# Stamps record what an environment was made from, so that a second run is quick.
+$(VENV)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "tracekit needs Python 3.11 or later; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@touch $@
+
+$(VENV)/installed: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/developed: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@ $(VENV)/installed
+
+demo: $(VENV)/installed
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/tracekit ingest sample_traces/olmoe-vllm/responses.jsonl --config sample_traces/olmoe-vllm/config.json \
+		--name olmoe --store $(DEMO)/store
+	$(BIN)/tracekit ingest sample_traces/synthetic/topical.npz --requests sample_traces/synthetic/topical.requests.json \
+		--label-fields label --name topical --store $(DEMO)/store
+	@for trace in olmoe topical; do \
+		echo; $(BIN)/tracekit summary $(DEMO)/store --trace $$trace || exit 1; \
+		for kind in $(CHARTS); do \
+			$(BIN)/tracekit chart $(DEMO)/store $$kind --trace $$trace -o $(DEMO)/$$trace-$$kind.html --quiet || exit 1; \
+		done; \
+	done
+	@echo; echo "The store is $(DEMO)/store; charts to open in a browser:"; ls $(DEMO)/*.html
+	@echo "Next: . $(BIN)/activate && tracekit --help"
+
+# Tests run last, so that the last line says how many passed.
+test: lint bare
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/developed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# What a user gets from `pip install`: the wheel with its declared dependencies and nothing of the checkout.
+BARE := build/bare
+
+$(BARE)/installed: $(VENV)/python pyproject.toml
+	@rm -rf $(BARE) && mkdir -p $(BARE)
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check .
+	@touch $@
+
+bare: $(VENV)/developed $(BARE)/installed
+	@rm -rf $(BARE)/dist
+	$(BIN)/python -m hatchling build -t wheel -d $(BARE)/dist
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(BARE)/dist/*.whl
+	cd $(BARE) && bin/tracekit --version && bin/tracekit --help > help.txt && bin/tracekit query --list > list.txt
+	cd $(BARE) && rm -rf s.* store && bin/tracekit synth sticky s.npz --quiet > truth.txt \
+		&& bin/tracekit ingest s.npz --requests s.requests.json --store store && bin/tracekit summary store > summary.txt
+
+bench: $(VENV)/developed
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find tracekit tests -name __pycache__ -type d -prune -exec rm -rf {} +

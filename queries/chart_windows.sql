@@ -1,0 +1,88 @@
+-- Data of the chart of unique experts against window length.
+--
+-- One row per trace and window length, sliding windows: the observed unique experts with their interval
+-- and the ladder of baselines, as the windows metric computed them, beside the shape of the trace.
+--
+-- needs: windows(batch_size=1 $batch_size)
+-- param trace VARCHAR = NULL: name of one trace; NULL takes all
+-- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where it was computed, else what there is
+-- param batch_size INTEGER = 1: requests verified together, B
+-- column trace VARCHAR: name of the trace
+-- column phase VARCHAR: phase the windows lie in
+-- column batch_size BIGINT: requests verified together, B
+-- column window BIGINT: window length T [tokens]
+-- column n_windows BIGINT: windows of this length per layer
+-- column observed DOUBLE: mean unique experts of a window, or of the union of batch_size windows [experts]
+-- column observed_lo DOUBLE: lower end of its 95 % interval; null without one
+-- column observed_hi DOUBLE: upper end
+-- column per_top_k DOUBLE: observed / k [loads of a single token]
+-- column expected_uniform DOUBLE: every k-subset equally likely [experts]; null where undefined
+-- column expected_popularity DOUBLE: independent tokens, experts as popular as in the whole trace [experts]; null where undefined
+-- column expected_label DOUBLE: the same inside each label [experts]; null where undefined
+-- column expected_request DOUBLE: the request's own tokens in random order [experts]; null where undefined
+-- column reduction_uniform DOUBLE: 1 - observed / expected_uniform [fraction]
+-- column reduction_uniform_lo DOUBLE: lower end of its 95 % interval; null without one
+-- column reduction_uniform_hi DOUBLE: upper end
+-- column reduction_uniform_bias DOUBLE: jackknife estimate of its bias [fraction]
+-- column reduction_popularity DOUBLE: 1 - observed / expected_popularity [fraction]
+-- column reduction_popularity_lo DOUBLE: lower end of its 95 % interval; null without one
+-- column reduction_popularity_hi DOUBLE: upper end
+-- column reduction_popularity_bias DOUBLE: jackknife estimate of its bias [fraction]
+-- column reduction_label DOUBLE: 1 - observed / expected_label [fraction]
+-- column reduction_label_lo DOUBLE: lower end of its 95 % interval; null without one
+-- column reduction_label_hi DOUBLE: upper end
+-- column reduction_label_bias DOUBLE: jackknife estimate of its bias [fraction]
+-- column reduction_request DOUBLE: 1 - observed / expected_request [fraction]
+-- column reduction_request_lo DOUBLE: lower end of its 95 % interval; null without one
+-- column reduction_request_hi DOUBLE: upper end
+-- column reduction_request_bias DOUBLE: jackknife estimate of its bias [fraction]
+-- column model VARCHAR: name of the model, where the source says
+-- column num_experts INTEGER: N, routed experts per layer
+-- column top_k INTEGER: k, routed experts per token
+with chosen as (
+    select *
+    from windows
+    where "by" = 'trace' and overlapping and batch_size = coalesce(getvariable('batch_size'), 1)
+        and trace = coalesce(getvariable('trace'), trace)
+    qualify phase = coalesce(
+        getvariable('phase'),
+        min(phase) filter (where phase = 'decode') over (partition by trace),
+        min(phase) over (partition by trace)
+    )
+)
+select
+    r.trace,
+    r.phase,
+    r.batch_size,
+    r."window",
+    r.n_windows,
+    r.observed,
+    r.observed_lo,
+    r.observed_hi,
+    r.per_top_k,
+    r.expected_uniform,
+    r.expected_popularity,
+    r.expected_label,
+    r.expected_request,
+    r.reduction_uniform,
+    r.reduction_uniform_lo,
+    r.reduction_uniform_hi,
+    r.reduction_uniform_bias,
+    r.reduction_popularity,
+    r.reduction_popularity_lo,
+    r.reduction_popularity_hi,
+    r.reduction_popularity_bias,
+    r.reduction_label,
+    r.reduction_label_lo,
+    r.reduction_label_hi,
+    r.reduction_label_bias,
+    r.reduction_request,
+    r.reduction_request_lo,
+    r.reduction_request_hi,
+    r.reduction_request_bias,
+    t.model,
+    t.num_experts,
+    t.top_k
+from chosen as r
+join traces as t on r.trace = t.trace
+order by r.trace, r."window";

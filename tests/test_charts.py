@@ -1,0 +1,404 @@
+"""Charts: specifications as JSON, never pixels; and what reaches the page from a trace is data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tracekit as tk
+from tracekit.errors import TracekitError, TracekitWarning, UnsupportedError, UsageError
+from tracekit.reports import charts, queries
+from tracekit.reports.charts import KINDS, render
+from tracekit.reports.rendering import SUFFIXES
+
+HOSTILE = "</script><script>alert(1)</script>\n\"'`${datum.x} [a.b] 🦙"
+BASELINES = ("uniform", "popularity", "label", "request")
+
+
+# --- frames with the columns of the metrics ----------------------------------------------------
+
+
+def windows_frame(trace: str = "chat", *, intervals: bool = True, batch_size: int = 1) -> pl.DataFrame:
+    rows = []
+    for window in range(1, 9):
+        expected = [32 * (1 - (1 - 4 / 32) ** (window * (1 - 0.1 * i))) for i in range(4)]
+        observed = 0.9 * expected[-1]
+        row: dict[str, Any] = {
+            "trace": trace,
+            "phase": "decode",
+            "batch_size": batch_size,
+            "window": window,
+            "n_windows": 100 - window,
+            "observed": observed,
+            "observed_lo": observed - 0.3 if intervals else None,
+            "observed_hi": observed + 0.3 if intervals else None,
+            "per_top_k": observed / 4,
+        }
+        row |= {f"expected_{b}": e for b, e in zip(BASELINES, expected, strict=True)}
+        for baseline, e in zip(BASELINES, expected, strict=True):
+            reduction = 1 - observed / e
+            row |= {f"reduction_{baseline}": reduction, f"reduction_{baseline}_bias": 0.0}
+            row |= {f"reduction_{baseline}_lo": reduction - 0.02, f"reduction_{baseline}_hi": reduction + 0.02}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def autocorr_frame(trace: str = "chat", layer: int | None = None) -> pl.DataFrame:
+    rows = [
+        {
+            "trace": trace,
+            "phase": "decode",
+            **({} if layer is None else {"layer": layer}),
+            "lag": lag,
+            "n_pairs": 100 - lag,
+            "overlap": 0.3 + 0.1 / lag,
+            "overlap_lo": 0.29 + 0.1 / lag,
+            "overlap_hi": 0.31 + 0.1 / lag,
+            "expected_uniform": 0.125,
+            "expected_popularity": 0.18,
+            "expected_request": 0.3,
+            "rho": 0.2,
+            "rho_request": 0.1,
+        }
+        for lag in range(1, 33)
+    ]
+    return pl.DataFrame(rows)
+
+
+def attribution_frame(trace: str = "chat") -> pl.DataFrame:
+    steps = [13.24, 12.13, 12.13, 10.35, 9.30]
+    return pl.DataFrame(
+        [
+            {
+                "trace": trace,
+                "phase": "decode",
+                "window": 4,
+                "cause": cause,
+                "unique_before": steps[i],
+                "unique_after": steps[i + 1],
+                "drop": steps[i] - steps[i + 1],
+                "share": None if cause == "label" else (steps[i] - steps[i + 1]) / 3.94,
+                "share_lo": None if cause == "label" else 0.2,
+                "share_hi": None if cause == "label" else 0.5,
+                "resolved": cause != "label",
+            }
+            for i, cause in enumerate(("popularity", "label", "request", "token_order"))
+        ]
+    )
+
+
+def popularity_frame(layers: int, experts: int, trace: str = "chat") -> pl.DataFrame:
+    share = np.random.default_rng(0).dirichlet(np.ones(experts), layers)
+    return pl.DataFrame(
+        {
+            "trace": trace,
+            "phase": "decode",
+            "layer": np.repeat(np.arange(layers), experts),
+            "expert": np.tile(np.arange(experts), layers),
+            "popularity": share.ravel() * 4,
+            "relative": share.ravel() * experts,
+        }
+    )
+
+
+def draw(kind: str, trace: str = "chat") -> charts.Chart:
+    frames = {
+        "windows": windows_frame,
+        "batch": windows_frame,
+        "autocorr": autocorr_frame,
+        "layer-lag": lambda trace: pl.concat([autocorr_frame(trace, layer=i) for i in range(3)]),
+        "popularity": lambda trace: popularity_frame(3, 8, trace),
+        "attribution": attribution_frame,
+    }
+    return KINDS[kind].draw(frames[kind](trace))
+
+
+def spec(chart: charts.Chart) -> dict[str, Any]:
+    return json.loads(chart.to_json())
+
+
+def data(chart: charts.Chart) -> list[dict[str, Any]]:
+    (rows,) = spec(chart)["datasets"].values()
+    return rows
+
+
+def marks(chart: dict[str, Any]) -> list[str]:
+    return [layer["mark"]["type"] for layer in chart.get("layer", [chart])]
+
+
+def strings(node: Any) -> set[str]:
+    """Every string of a specification but those of its data and its titles."""
+    if isinstance(node, dict):
+        skipped = ("datasets", "title", "subtitle", "sort")
+        return set().union(*(strings(v) for k, v in node.items() if k not in skipped), set())
+    if isinstance(node, list):
+        return set().union(*map(strings, node), set())
+    return {node} if isinstance(node, str) else set()
+
+
+# --- what the charts say -----------------------------------------------------------------------
+
+
+def test_windows_is_a_ladder_with_names_and_a_band():
+    chart = spec(charts.windows(windows_frame()))
+    assert marks(chart) == ["area", "line", "point", "text"]
+    assert chart["title"] == {"text": "Unique experts in a verification window", "subtitle": ["chat · decode tokens"]}
+    points = chart["layer"][2]["encoding"]
+    assert points["x"]["title"] == "Window length T (tokens)"
+    assert points["y"]["title"] == "Unique experts (mean over layers)"
+    assert points["color"]["scale"]["domain"] == [*BASELINES, "observed"]
+    titles = [t.get("title") for t in points["tooltip"]]
+    assert "in loads of one token" in titles
+    assert "95 % interval" in titles
+    rows = data(charts.windows(windows_frame()))
+    assert len(rows) == 5 * 8
+    assert {r["name"]: r["x"] for r in rows if "name" in r} == dict.fromkeys((*BASELINES, "observed"), 8)
+    at_8 = next(r for r in rows if r["series"] == "observed" and r["x"] == 8)
+    frame = windows_frame().row(7, named=True)
+    assert (at_8["y"], at_8["lo"], at_8["hi"]) == (frame["observed"], frame["observed_lo"], frame["observed_hi"])
+    assert at_8["per_top_k"] == pytest.approx(frame["per_top_k"])
+
+
+def test_without_intervals_there_is_no_band():
+    chart = charts.windows(windows_frame(intervals=False))
+    assert marks(spec(chart)) == ["line", "point", "text"]
+    assert {r["interval"] for r in data(chart)} == {"none"}
+
+
+def test_a_baseline_that_is_null_is_not_drawn():
+    frame = windows_frame().with_columns(expected_label=pl.lit(None, pl.Float64))
+    assert {r["series"] for r in data(charts.windows(frame))} == {"uniform", "popularity", "request", "observed"}
+
+
+def test_batch_is_on_a_log_axis_and_names_what_it_is_against():
+    frame = pl.concat([windows_frame(batch_size=b) for b in (1, 2, 4, 8)])
+    chart = charts.batch(frame, window=4)
+    encoding = spec(chart)["layer"][2]["encoding"]
+    assert encoding["x"]["scale"]["type"] == "log"
+    assert encoding["x"]["scale"]["base"] == 2
+    assert encoding["x"]["axis"]["values"] == [1, 2, 4, 8]
+    assert encoding["y"]["axis"]["format"] == "%"
+    assert {r["name"] for r in data(chart) if "name" in r} == {f"vs {b}" for b in BASELINES}
+    assert "windows of 4 tokens" in spec(chart)["title"]["text"]
+
+
+def test_the_rows_to_draw_are_chosen_and_not_guessed():
+    frame = pl.concat([windows_frame(batch_size=b) for b in (1, 4)])
+    assert len(data(charts.windows(frame))) == 5 * 8
+    assert spec(charts.windows(frame, batch_size=4))["title"]["text"] == "Unique experts in 4 windows"
+    with pytest.raises(UsageError, match="1, 4"):
+        charts.windows(frame, batch_size=2)
+    with pytest.raises(UsageError, match="window = 9"):
+        charts.batch(frame, window=9)
+
+
+def test_autocorr_draws_the_overlap_over_its_baselines():
+    chart = charts.autocorr(autocorr_frame())
+    assert {r["series"] for r in data(chart)} == {"uniform", "popularity", "request", "observed"}
+    assert spec(chart)["layer"][1]["encoding"]["x"]["title"] == "Lag d (tokens)"
+    assert spec(chart)["layer"][1]["encoding"]["x"]["axis"]["values"] == [1, 4, 8, 12, 16, 20, 24, 28, 32]
+
+
+def test_heatmaps_have_a_cell_for_every_row_beyond_the_limit_of_altair():
+    import altair as alt
+
+    chart = spec(charts.popularity(popularity_frame(92, 512)))
+    assert len(next(iter(chart["datasets"].values()))) == 92 * 512
+    assert marks(chart) == ["rect"]
+    assert chart["width"] % 512 == chart["height"] % 92 == 0
+    assert chart["encoding"]["color"]["scale"]["scheme"] == "viridis"
+    assert chart["title"]["subtitle"] == ["chat · decode tokens · N = 512, k = 4"]
+    assert alt.data_transformers.active == "default"
+
+    lags = charts.layer_lag(pl.concat([autocorr_frame(layer=i) for i in (3, 4, 10)]))
+    assert {r["y"] for r in data(lags)} == {3, 4, 10}
+    assert spec(lags)["encoding"]["color"]["title"] == "Overlap (share of the k experts)"
+
+
+def test_attribution_falls_from_uniform_to_observed_and_says_what_is_not_resolved():
+    chart = charts.attribution(attribution_frame())
+    rows = data(chart)
+    assert [r["kind"] for r in rows] == ["uniform", "popularity", "label", "request", "token_order", "observed"]
+    assert [r["to"] for r in rows] == [13.24, 12.13, 12.13, 10.35, 9.30, 9.30]
+    assert rows[1]["text"] == "−1.11 = 28.2% (20.0 to 50.0)"
+    assert rows[2]["text"] == "not resolved"
+    title = spec(chart)["title"]
+    assert title["text"] == "Where the reduction comes from, windows of 4 tokens"
+    assert any(line.startswith("not resolved:") for line in title["subtitle"])
+    resolved = charts.attribution(attribution_frame().with_columns(resolved=True))
+    assert not any(line.startswith("not resolved:") for line in spec(resolved)["title"]["subtitle"])
+
+
+def test_several_traces_and_layers_are_panels_in_order():
+    both = spec(charts.windows(pl.concat([windows_frame("b"), windows_frame("a")])))
+    assert both["facet"]["sort"] == ["b", "a"]
+    assert both["title"]["subtitle"] == ["decode tokens"]
+    frame = pl.concat([windows_frame().with_columns(layer=pl.lit(i)) for i in (2, 10)])
+    layers = spec(charts.windows(frame))
+    assert layers["facet"]["sort"] == ["layer 2", "layer 10"]
+    assert layers["spec"]["layer"][2]["encoding"]["y"]["title"] == "Unique experts"
+    assert "facet" in spec(charts.attribution(pl.concat([attribution_frame("b"), attribution_frame("a")])))
+
+
+def test_model_and_shape_are_named_where_the_frame_has_them():
+    frame = windows_frame().with_columns(model=pl.lit("gpt-oss"), num_experts=pl.lit(32), top_k=pl.lit(4))
+    assert spec(charts.windows(frame))["title"]["subtitle"] == ["chat · gpt-oss · decode tokens · N = 32, k = 4"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frame_of_something_else_or_without_rows_is_refused(kind: str):
+    with pytest.raises(UsageError, match=r"the frame of tk\."):
+        KINDS[kind].draw(pl.DataFrame({"trace": ["a"], "phase": ["decode"]}))
+    frames = [windows_frame(), autocorr_frame(layer=0), attribution_frame(), popularity_frame(1, 4)]
+    columns = {name: dtype for frame in frames for name, dtype in frame.schema.items()}
+    with pytest.raises(UnsupportedError, match="no rows"):
+        KINDS[kind].draw(pl.DataFrame(schema=columns))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chart_is_the_same_every_time(kind: str):
+    assert draw(kind).to_json() == draw(kind).to_json()
+
+
+@given(st.lists(st.floats(0, 30), min_size=1, max_size=6), st.floats(0.1, 3))
+def test_names_do_not_cover_each_other(values: list[float], gap: float):
+    placed = charts._apart(values, gap)
+    order = sorted(range(len(values)), key=values.__getitem__)
+    for a, b in itertools.pairwise(order):
+        assert placed[b] - placed[a] >= gap - 1e-6
+    assert sum(placed) == pytest.approx(sum(values), abs=1e-6)
+
+
+# --- whatever things are called ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hostile_name_is_data(kind: str):
+    chart = spec(draw(kind, HOSTILE))
+    assert any(HOSTILE in line for line in chart["title"]["subtitle"])
+    assert strings(chart) == strings(spec(draw(kind))), "a name became part of the drawing"
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    chart = charts.windows(pl.concat([windows_frame("plain"), windows_frame(HOSTILE)]))
+    return render(chart, tmp_path_factory.mktemp("page") / "chart.html").read_text(encoding="utf-8")
+
+
+def test_a_hostile_name_survives_and_cannot_leave_its_script(hostile_page: str):
+    assert "<script>alert" not in hostile_page
+    held = re.search(r"const spec = (\{.*\});\n", hostile_page)
+    assert held is not None
+    (rows,) = json.loads(held[1])["datasets"].values()
+    assert {row["panel"] for row in rows} == {"plain", HOSTILE}
+
+
+def test_html_loads_nothing_from_elsewhere(hostile_page: str):
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", hostile_page, flags=re.DOTALL)
+    assert "http" not in outside
+    assert re.findall(r"<(?:script|link|img|iframe)[^>]*\b(?:src|href)\s*=", outside) == []
+    assert re.findall(r"<script[^>]*\bsrc\s*=", hostile_page) == []
+    assert '"editor": false' in hostile_page  # which would send the data to another site
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_chart_can_be_drawn(kind: str, tmp_path: Path):
+    svg = render(draw(kind), tmp_path / "chart.svg").read_text(encoding="utf-8")
+    assert svg.startswith("<svg")
+    assert "chat · decode tokens" in svg
+
+
+def test_every_format_is_what_its_suffix_says(tmp_path: Path):
+    chart = charts.windows(windows_frame())
+    files = {suffix: render(chart, tmp_path / f"chart{suffix}").read_bytes() for suffix in SUFFIXES}
+    assert files[".png"].startswith(b"\x89PNG")
+    assert files[".pdf"].startswith(b"%PDF")
+    assert files[".svg"].startswith(b"<svg")
+    assert json.loads(files[".json"]) == spec(chart)
+    assert files[".html"].startswith(b"<!DOCTYPE html>")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"chart{s}" for s in SUFFIXES)
+
+
+def test_a_file_is_overwritten_only_by_force(tmp_path: Path):
+    chart = charts.windows(windows_frame())
+    path = tmp_path / "chart.json"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match=f"will not overwrite without --force: {re.escape(str(path))}"):
+        render(chart, path)
+    assert path.read_text() == "mine"
+    render(chart, path, force=True)
+    assert json.loads(path.read_text()) == spec(chart)
+
+
+def test_an_unknown_suffix_or_folder_is_refused(tmp_path: Path):
+    chart = charts.windows(windows_frame())
+    with pytest.raises(UsageError, match=r"\.html, \.png, \.svg, \.pdf, \.json"):
+        render(chart, tmp_path / "chart.gif")
+    with pytest.raises(TracekitError, match="no such folder"):
+        render(chart, tmp_path / "nowhere" / "chart.png")
+
+
+# --- from a store ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
+    folder = tmp_path_factory.mktemp("charts")
+    ids = np.argsort(np.random.default_rng(0).random((90, 2, 8)), axis=2)[:, :, :3].astype(np.uint8)
+    np.savez(folder / "trace.npz", expert_ids=ids, request_lens=np.full(6, 15, np.int32))
+    tk.ingest(folder / "trace.npz", folder / "store", name=HOSTILE, num_experts=8, phase="decode")
+    return tk.open(str(folder / "store"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chart_of_a_store_is_its_query_drawn(store: tk.Store, kind: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracekitWarning)
+        chart = spec(charts.chart(store, kind))
+        drawn = spec(KINDS[kind].draw(queries.query(store, KINDS[kind].query)))
+    assert chart == drawn
+    assert "N = 8, k = 3" in chart["title"]["subtitle"][0]
+    assert {p.name for p in KINDS[kind].parameters} >= {"trace", "phase"}
+
+
+def test_the_parameters_of_a_chart_are_those_of_its_query(store: tk.Store):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracekitWarning)
+        assert {r["x"] for r in data(charts.chart(store, "autocorr", max_lag="3"))} == {1, 2, 3}
+        assert "windows of 2 tokens" in spec(charts.chart(store, "batch", window=2))["title"]["text"]
+        assert spec(charts.chart(store, "windows", batch_size=4))["title"]["text"] == "Unique experts in 4 windows"
+    with pytest.raises(UsageError, match="windows, batch, autocorr, layer-lag, popularity, attribution"):
+        charts.chart(store, "pie")
+    with pytest.raises(UsageError, match="max_lag"):
+        charts.chart(store, "autocorr", maxlag=3)
+
+
+def test_the_frames_of_the_metrics_can_be_drawn(store: tk.Store):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracekitWarning)
+        assert "layer" in charts.windows(tk.windows(store)).to_dict()
+        assert "facet" in charts.windows(tk.windows(store, by="layer")).to_dict()
+        charts.batch(tk.windows(store, batch_size=[1, 2, 4])).to_dict()
+        charts.autocorr(tk.autocorr(store)).to_dict()
+        charts.layer_lag(tk.autocorr(store, by="layer")).to_dict()
+        charts.attribution(tk.attribution(store)).to_dict()
+
+
+def test_charts_are_imported_without_altair():
+    code = "import sys, tracekit.reports.charts; sys.exit(bool({'altair', 'polars', 'duckdb'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,63 @@
+"""The ``tracekit`` command: each verb parses, calls one function of the public API, and renders.
+
+The heavy libraries are imported by the verbs that need them, when they run: ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from tracekit import __version__
+from tracekit.cli.errors import guarded
+from tracekit.cli.group import LazyGroup
+
+VERBS = {
+    "ingest": "tracekit.cli.ingest:ingest",
+    "info": "tracekit.cli.info:info",
+    "summary": "tracekit.cli.analyses:summary",
+    "windows": "tracekit.cli.analyses:windows",
+    "autocorr": "tracekit.cli.analyses:autocorr",
+    "attribution": "tracekit.cli.analyses:attribution",
+    "load": "tracekit.cli.analyses:load",
+    "chart": "tracekit.cli.chart:chart",
+    "query": "tracekit.cli.sql:query",
+    "sql": "tracekit.cli.sql:sql",
+    "views": "tracekit.cli.sql:views",
+    "synth": "tracekit.cli.synth:synth",
+}
+"""The verbs, in the order of their use, and where each is defined."""
+
+
+@click.group(
+    cls=LazyGroup,
+    verbs=VERBS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nStart with:\n"
+    "  tracekit ingest trace.npz --num-experts 64 --phase decode --store traces\n"
+    "  tracekit summary traces",
+)
+@click.version_option(__version__, prog_name="tracekit", message="%(prog)s %(version)s")
+def command() -> None:
+    """Say what a Mixture-of-Experts model's routing allows, from the expert ids an engine returned.
+
+    Ingest traces into a store, then ask it how many experts a verification window loads, how far below
+    independence that is, why, and how long the correlation lasts.
+
+    Exit codes: 0 done, 1 the input or the data is at fault, 2 usage, 3 a check found problems, 4 an optional
+    dependency is missing.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    args
+        Arguments after the program's name; by default those of the process.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    return guarded(lambda: command.main(args=arguments, prog_name="tracekit", standalone_mode=False))

@@ -1,0 +1,52 @@
+"""A command group that imports a verb when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are given as ``module:attribute``."""
+
+    def __init__(self, *args: Any, verbs: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._verbs = verbs
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order given."""
+        return list(self._verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb, importing its module, or None if there is no such verb."""
+        if cmd_name not in self._verbs:
+            return None
+        module, _, attribute = self._verbs[cmd_name].partition(":")
+        verb: click.Command = getattr(import_module(module), attribute)
+        return verb
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; an unknown one is answered with the closest."""
+        name = args[0]
+        if name not in self._verbs and not name.startswith("-"):
+            close = difflib.get_close_matches(name, self._verbs, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+def verb(
+    name: str, *, examples: Sequence[str], kinds: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function a verb whose help ends with the kinds it knows and with examples."""
+    parts = [["Examples:", *(f"  {example}" for example in examples)]]
+    if kinds:
+        widest = max(map(len, kinds))
+        parts.insert(0, ["Kinds:", *(f"  {kind:{widest}}  {text}" for kind, text in kinds.items())])
+    return click.command(name, epilog="\n\n".join("\b\n" + "\n".join(part) for part in parts))

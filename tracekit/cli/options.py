@@ -1,0 +1,105 @@
+"""Options and parameter types that several verbs share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+store_argument = click.argument("store", type=click.Path(path_type=Path))
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """Return a type for one of some names; an unknown one is answered with the closest."""
+    known = tuple(names)
+
+    def parse(value: str) -> str:
+        if value not in known:
+            close = difflib.get_close_matches(value, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}.{hint}")
+        return value
+
+    return parse
+
+
+def whole_numbers(value: str) -> tuple[int, ...]:
+    """Parse whole numbers separated by commas, each at least 1."""
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,2,4") from None
+    if min(numbers) < 1:
+        raise click.BadParameter(f"{min(numbers)} is not at least 1")
+    return numbers
+
+
+def key_value(value: str) -> tuple[str, str]:
+    """Parse ``key=value``."""
+    key, equals, text = value.partition("=")
+    if not equals or not key:
+        raise click.BadParameter(f"{value!r} is not of the form key=value")
+    return key, text
+
+
+def mapping(pairs: Sequence[tuple[str, str]], option: str) -> dict[str, str]:
+    """Return repeated ``key=value`` options as a dictionary; a key given twice is a usage error."""
+    result: dict[str, str] = {}
+    for key, value in pairs:
+        if key in result:
+            raise click.UsageError(f"{option} {key} is given twice.")
+        result[key] = value
+    return result
+
+
+def selectors(
+    *, by: Sequence[str] = ("layer", "label", "request"), intervals: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the selectors that a verb takes; the function gets them under the library's names.
+
+    Parameters
+    ----------
+    by
+        Groups that the verb can tell apart; empty for a verb without ``--by``.
+    intervals
+        Whether the verb computes intervals, and so takes ``--seed`` and ``--no-intervals``.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if intervals:
+                kwargs["intervals"] = not kwargs.pop("no_intervals")
+            return function(*args, **kwargs)
+
+        options = [
+            click.option("--trace", metavar="NAME", help="Only the trace of this name. [default: all]"),
+            click.option(
+                "--phase",
+                type=click.Choice(["decode", "prefill", "all"]),
+                help="Which tokens. [default: decode where the store knows it, else what there is]",
+            ),
+        ]
+        if by:
+            options.append(click.option("--by", type=click.Choice(by), help="A result for each of these."))
+        if intervals:
+            options += [
+                click.option(
+                    "--seed",
+                    type=click.IntRange(min=0),
+                    default=0,
+                    show_default=True,
+                    help="Seed of the grouping of requests for the intervals.",
+                ),
+                click.option("--no-intervals", is_flag=True, help="Leave the intervals out."),
+            ]
+        decorated: Callable[..., Any] = wrapper
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate

@@ -1,0 +1,129 @@
+"""The verbs of the SQL surface: sql, query and views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracekit.cli.group import verb
+from tracekit.cli.kernels import announce_compilation
+from tracekit.cli.options import key_value, mapping, selectors, store_argument
+from tracekit.cli.output import Output, output_options
+
+
+@verb(
+    "sql",
+    examples=[
+        'tracekit sql traces "SELECT layer, count(DISTINCT expert) FROM activations GROUP BY layer"',
+        'tracekit sql traces "SELECT * FROM requests" -o requests.csv',
+    ],
+)
+@store_argument
+@click.argument("statement", metavar="SQL")
+@output_options
+def sql(store: Path, statement: str, out: Output) -> None:
+    """Run one SELECT over the views of a store.
+
+    The SQL is DuckDB's. The views: traces, requests, routing (a row per token and layer), activations (a row per
+    routed expert), tokens, and the results computed so far: windows, autocorr, attribution, load. The statement can
+    read the store and nothing else, and cannot write.
+    """
+    import tracekit as tk
+
+    out.table(tk.open(store).sql(statement))
+
+
+@verb("views", examples=["tracekit views traces > views.sql"])
+@store_argument
+def views(store: Path) -> None:
+    """Print the views' SQL for a plain duckdb shell."""
+    import tracekit as tk
+
+    Output("table").write(tk.open(store).views())
+
+
+@verb(
+    "query",
+    examples=[
+        "tracekit query --list",
+        "tracekit query --describe unique_experts_by_window",
+        "tracekit query traces unique_experts_by_window --param max_window=4 --format csv",
+    ],
+)
+@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.argument("name", required=False)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="KEY=VALUE",
+    type=key_value,
+    help="A parameter of the query; may be repeated.",
+)
+@click.option("--list", "listed", is_flag=True, help="List the queries.")
+@click.option("--describe", metavar="NAME", help="Show what a query yields and the parameters it takes.")
+@selectors(by=[])
+@output_options
+def query(
+    store: Path | None,
+    name: str | None,
+    params: tuple[tuple[str, str], ...],
+    listed: bool,
+    describe: str | None,
+    trace: str | None,
+    phase: str | None,
+    out: Output,
+    **options: Any,
+) -> None:
+    """Run a query of the library over a store.
+
+    Results that the query reads and the store does not hold yet are computed first. --trace and --phase are
+    short for the parameters of these names.
+    """
+    import tracekit as tk
+
+    if listed:
+        _list(out)
+    elif describe is not None:
+        _describe(describe, out)
+    elif store is None or name is None:
+        raise click.UsageError("Give a STORE and the NAME of a query, or --list, or --describe NAME.")
+    else:
+        given = mapping(params, "--param")
+        given |= {key: value for key, value in (("trace", trace), ("phase", phase)) if value is not None}
+        announce_compilation(out)
+        out.table(tk.query(tk.open(store), name, **options, **given), "summary" if name == "summary" else None)
+
+
+def _list(out: Output) -> None:
+    import polars as pl
+
+    from tracekit.reports.queries import queries
+    from tracekit.reports.tables import listing
+
+    found = queries()
+    if out.fmt == "table":
+        out.write(listing(found))
+        return
+    rows = [(query.name, query.title, [p.name for p in query.parameters]) for query in found]
+    schema: dict[str, Any] = {"name": pl.String, "title": pl.String, "parameters": pl.List(pl.String)}
+    out.table(pl.DataFrame(rows, schema=schema, orient="row"))
+
+
+def _describe(name: str, out: Output) -> None:
+    import polars as pl
+
+    from tracekit.reports.queries import find
+    from tracekit.reports.tables import description
+
+    query = find(name)
+    if out.fmt == "table":
+        out.write(description(query))
+        return
+    fields: list[tuple[Any, ...]] = [("parameter", p.name, p.type, p.default, p.unit, p.text) for p in query.parameters]
+    fields += [("column", c.name, c.type, None, c.unit, c.text) for c in query.columns]
+    names = ("kind", "name", "type", "default", "unit", "meaning")
+    rows = [[None if value is None else str(value) for value in field] for field in fields]
+    out.table(pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row"))

@@ -1,0 +1,1 @@
+"""What people read: tables, charts and named queries over what the metrics computed."""

@@ -1,0 +1,320 @@
+"""The query library: the files in ``queries/``, what their headers promise, and how to run them.
+
+A query is one SELECT in DuckDB's SQL over the views of a store. It reads its parameters with
+``getvariable('name')`` and holds their defaults, so the same file runs unchanged in a plain ``duckdb`` shell.
+Its header is the documentation and is checked against the columns that the query really returns::
+
+    -- One sentence that says what it answers.
+    --
+    -- What a row is, and what else to know.
+    --
+    -- needs: windows(by=label, max_window=$window), load        (results to compute first, or: nothing)
+    -- param window INTEGER = 4: meaning [unit]
+    -- column trace VARCHAR: meaning [unit]
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracekit.errors import QueryError, UnsupportedError, UsageError
+from tracekit.schema import PHASES
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tracekit.store import Store
+
+Value = str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a query."""
+
+    name: str
+    type: str
+    """``VARCHAR``, or ``INTEGER`` for a positive number."""
+    default: Value
+    text: str
+    unit: str | None = None
+
+    def parse(self, value: Any) -> Value:
+        """Return a value given by the user as this parameter's type, None meaning the default.
+
+        Raises
+        ------
+        UsageError
+            The value is not of the type, not positive, or not a phase.
+        """
+        if value is None:
+            return None
+        if self.type == "INTEGER":
+            if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()):
+                value = int(value)
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
+                return value
+            raise UsageError(f"{self.name} = {value!r}", expected="a positive whole number")
+        if not isinstance(value, str):
+            raise UsageError(f"{self.name} = {value!r}", expected="text")
+        if self.name == "phase" and value not in PHASES:
+            raise UsageError(f"{self.name} = {value!r}", expected="one of " + ", ".join(PHASES))
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a query's result."""
+
+    name: str
+    type: str
+    text: str
+    unit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A result that a query reads: the metric and the arguments to compute it with."""
+
+    metric: str
+    arguments: Mapping[str, str]
+    """As written: a word, a number or ``$parameter``; several, separated by blanks, make a tuple."""
+
+    def bind(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        """Return the arguments with the query's parameters put in."""
+        bound: dict[str, Any] = {}
+        for name, text in self.arguments.items():
+            items = [_argument(item, values) for item in text.split()]
+            bound[name] = items[0] if len(items) == 1 else tuple(dict.fromkeys(items))
+        return bound
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One file of the query library."""
+
+    name: str
+    title: str
+    text: str
+    """What a row is, and what else to know."""
+    needs: tuple[Need, ...]
+    parameters: tuple[Parameter, ...]
+    columns: tuple[Column, ...]
+    sql: str
+
+    def bind(self, given: Mapping[str, Any]) -> dict[str, Value]:
+        """Return the values of the parameters that were given, checked and of the right type.
+
+        Raises
+        ------
+        UsageError
+            There is no such parameter, or its value is of the wrong type.
+        """
+        known = {p.name: p for p in self.parameters}
+        for name in given:
+            if name not in known:
+                raise _unknown(f"query {self.name!r} has no parameter {name!r}", name, list(known))
+        parsed = {name: known[name].parse(value) for name, value in given.items()}
+        return {name: value for name, value in parsed.items() if value is not None}
+
+
+def queries() -> list[Query]:
+    """Return the query library, by name."""
+    return list(_library().values())
+
+
+def find(name: str) -> Query:
+    """Return one query of the library.
+
+    Raises
+    ------
+    UsageError
+        There is none of that name.
+    """
+    library = _library()
+    if name not in library:
+        raise _unknown(f"no query named {name!r}", name, list(library))
+    return library[name]
+
+
+def query(
+    store: Store,
+    name: str,
+    /,
+    *,
+    intervals: bool = True,
+    seed: int = 0,
+    **params: Any,
+) -> pl.DataFrame:
+    """Run a query of the library, after computing the results that it reads and the store does not hold yet.
+
+    Parameters
+    ----------
+    name
+        One of ``queries()``.
+    intervals, seed
+        How to compute missing results, as the metrics take them.
+    params
+        The query's parameters; a value may be text, as on the command line.
+
+    Returns
+    -------
+    polars.DataFrame
+        The columns that the query's header documents.
+
+    Raises
+    ------
+    UsageError
+        There is no such query or parameter, or a value is of the wrong type.
+    StoreError
+        There is no such trace.
+    """
+    prepare(store, name, params, intervals=intervals, seed=seed)
+    return run(store, name, params)
+
+
+def run(store: Store, name: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+    """Run a query of the library over what the store holds now; nothing is computed first.
+
+    Raises
+    ------
+    UsageError
+        There is no such query or parameter, or a value is of the wrong type.
+    StoreError
+        There is no such trace.
+    """
+    found = find(name)
+    values = found.bind(params or {})
+    if "trace" in values:
+        store.trace(str(values["trace"]))
+    return store.sql(found.sql, values)
+
+
+def prepare(store: Store, name: str, params: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Compute the results that a query needs; those that the store holds already cost nothing.
+
+    A trace that cannot support a result (one without labels, say) is left out where another one can.
+
+    Parameters
+    ----------
+    options
+        Passed on to the metrics that take them: ``intervals``, ``seed``.
+
+    Raises
+    ------
+    UnsupportedError, UsageError
+        No trace asked for supports the result.
+    """
+    found = find(name)
+    given = found.bind(params or {})
+    values = {p.name: p.default for p in found.parameters} | given
+    traces = [store.trace(str(given["trace"]))] if "trace" in given else store.traces()
+    for need in found.needs:
+        refusals = []
+        for trace in traces:
+            try:
+                _compute(store, need, {"trace": trace.name, "phase": values.get("phase")} | need.bind(values) | options)
+            except (UnsupportedError, UsageError) as error:
+                refusals.append(error)
+        if refusals and len(refusals) == len(traces):
+            raise refusals[0]
+
+
+def _compute(store: Store, need: Need, arguments: dict[str, Any]) -> None:
+    from tracekit import analysis
+
+    metric: Callable[..., Any] = getattr(analysis, need.metric)
+    accepted = inspect.signature(metric).parameters
+    # A longest window or lag below the metric's own default would be computed again by whoever asks for the default.
+    for name, value in arguments.items():
+        if name.startswith("max_"):
+            arguments[name] = max(value, accepted[name].default)
+    metric(store, **{name: value for name, value in arguments.items() if name in accepted})
+
+
+def _argument(text: str, values: Mapping[str, Value]) -> Value:
+    if text.startswith("$"):
+        return values[text[1:]]
+    return int(text) if text.isdigit() else text
+
+
+def _unknown(found: str, name: str, known: list[str]) -> UsageError:
+    close = difflib.get_close_matches(name, known, 1)
+    return UsageError(
+        found,
+        expected="one of " + ", ".join(known) if known else None,
+        remedy=f"Did you mean {close[0]!r}?" if close else None,
+    )
+
+
+def _folder() -> Path:
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "_queries"
+    return installed if installed.is_dir() else package.parent / "queries"
+
+
+@cache
+def _library() -> dict[str, Query]:
+    return {path.stem: parse(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_folder().glob("*.sql"))}
+
+
+_PARAM = re.compile(r"(?P<name>\w+) (?P<type>\w+) = (?P<default>\w+): (?P<text>.+)")
+_COLUMN = re.compile(r"(?P<name>\w+) (?P<type>\w+): (?P<text>.+)")
+_NEED = re.compile(r"(\w+)(?:\(([^()]*)\))?")
+_UNIT = re.compile(r" \[([^\]]+)\]")
+
+
+def parse(name: str, sql: str) -> Query:
+    """Return the query that a file holds, documented by its header.
+
+    Raises
+    ------
+    QueryError
+        The header does not follow the form that this module documents.
+    """
+    prose: list[str] = []
+    needs: tuple[Need, ...] = ()
+    parameters: list[Parameter] = []
+    columns: list[Column] = []
+    for line in sql.splitlines():
+        if not line.startswith("--"):
+            break
+        kind, _, rest = line[2:].strip().partition(" ")
+        if kind == "needs:":
+            needs = _needs(rest)
+        elif kind == "param" and (match := _PARAM.fullmatch(rest)):
+            default = match["default"]
+            value = None if default == "NULL" else int(default) if default.isdigit() else default
+            parameters.append(Parameter(match["name"], match["type"], value, *_unit(match["text"])))
+        elif kind == "column" and (match := _COLUMN.fullmatch(rest)):
+            columns.append(Column(match["name"], match["type"], *_unit(match["text"])))
+        elif kind in ("param", "column"):
+            raise QueryError(f"header line {line!r}", where=f"{name}.sql", expected="NAME TYPE [= DEFAULT]: MEANING")
+        else:
+            prose.append(line[2:].strip())
+    title, _, text = "\n".join(prose).strip().partition("\n")
+    if not title or not columns:
+        raise QueryError("the header has no title or no columns", where=f"{name}.sql")
+    return Query(name, title, text.strip(), needs, tuple(parameters), tuple(columns), sql)
+
+
+def _unit(text: str) -> tuple[str, str | None]:
+    match = _UNIT.search(text)
+    return (text.replace(match[0], "", 1), match[1]) if match else (text, None)
+
+
+def _needs(text: str) -> tuple[Need, ...]:
+    if text == "nothing":
+        return ()
+    needs = []
+    for metric, arguments in _NEED.findall(text):
+        pairs = (pair.partition("=") for pair in arguments.split(",") if pair)
+        needs.append(Need(metric, {key.strip(): value.strip() for key, _, value in pairs}))
+    return tuple(needs)

@@ -1,0 +1,117 @@
+"""JSON documents and JSON lines, one value at a time."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tracekit.errors import SourceError
+from tracekit.sources.files import reading
+
+_LONGEST = 1 << 30
+"""Longest single record that is read into memory."""
+_PIECE = 1 << 20
+
+Record = tuple[str, Any, int]
+"""Where a value stands, the value, and the bytes read so far."""
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Yield the records of JSON arrays, of JSON lines, or of one JSON object.
+
+    Raises
+    ------
+    SourceError
+        Naming the line (or the entry of an array) that is not JSON.
+    """
+    with reading(str(path)), path.open("rb") as file:
+        for where, value, done in (_entries if _first_byte(file) == b"[" else _lines)(file, str(path)):
+            # A batch call's log has one list of responses a line.
+            if isinstance(value, list):
+                yield from ((f"{where}, entry {i}", item, done) for i, item in enumerate(value))
+            else:
+                yield where, value, done
+
+
+def first_record(path: Path) -> Any:
+    """Return the first record, None where there is none."""
+    return next((value for _, value, _ in records(path)), None)
+
+
+def _first_byte(file: IO[bytes]) -> bytes:
+    """Return the first byte that is not white space and rewind to it."""
+    if file.read(3) != codecs.BOM_UTF8:
+        file.seek(0)
+    while byte := file.read(1):
+        if not byte.isspace():
+            file.seek(-1, 1)
+            return byte
+    return b""
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            f"is not JSON ({error})", where=where, expected="complete responses, one a line or in an array"
+        ) from error
+
+
+def _lines(file: IO[bytes], name: str) -> Iterator[Record]:
+    """JSON lines; a first line that is no complete value begins one object over many lines."""
+    start = file.tell()
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        if len(line) == _LONGEST:
+            raise SourceError(f"has a line of more than {_LONGEST} bytes", where=where, expected="JSON lines")
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            if number > 1:
+                _parse(line, where)
+            file.seek(start)
+            value, where = _parse(file.read(_LONGEST), name), name
+        yield where, value, file.tell()
+
+
+def _entries(file: IO[bytes], name: str) -> Iterator[Record]:
+    """Entries of one JSON array or several in a row, decoded as they arrive."""
+    decode, parse = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode
+    buffer, at, entry, piece, inside = "", 0, 0, _PIECE, False
+    while True:
+        while at < len(buffer) and (buffer[at].isspace() or (inside and buffer[at] == ",")):
+            at += 1
+        if at < len(buffer) and buffer[at] == ("]" if inside else "["):
+            inside, at = not inside, at + 1
+            continue
+        where = f"{name}, entry {entry}"
+        if at < len(buffer):
+            try:
+                if not inside:
+                    raise SourceError("has text after the array", where=where, expected="one JSON array")
+                value, end = parse(buffer, at)
+                if end < len(buffer):
+                    yield where, value, file.tell()
+                    at, entry, piece = end, entry + 1, _PIECE
+                    continue
+            except RecursionError as error:
+                raise SourceError("is nested too deeply", where=where) from error
+            except json.JSONDecodeError:
+                pass  # perhaps only not complete yet
+        data = file.read(piece)
+        if not data and not inside and at == len(buffer):
+            return
+        if not data or len(buffer) - at > _LONGEST:
+            _parse(buffer[at:].encode(), where)
+            raise SourceError("is cut off: the array does not end", where=where)
+        try:
+            buffer, at = buffer[at:] + decode(data), 0
+        except UnicodeDecodeError as error:
+            raise SourceError(f"is not UTF-8 ({error})", where=where) from error
+        piece *= 2  # keeps the retries of one long record linear in its length
