@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import rivals
 
-from tracekit.synth import SynthTrace, synth
+from tracekit.synthetic import SynthTrace, synth
 
 if TYPE_CHECKING:
     from tracekit.metrics.measurement import Measurement

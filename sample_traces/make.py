@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tracekit.synth import synth
+from tracekit.synthetic import synth
 
 HERE = Path(__file__).resolve().parent
 

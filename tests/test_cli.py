@@ -18,7 +18,7 @@ import pytest
 import tracekit
 from tracekit.cli import VERBS, command, main
 from tracekit.reports.text import display_width
-from tracekit.synth import synth
+from tracekit.synthetic import synth
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 HEAVY = {"altair", "scipy", "numba", "polars", "duckdb"}

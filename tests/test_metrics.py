@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.metrics import kernels
-from tracekit.metrics.measurement import Measurement, caveats, resolve_phase
-from tracekit.metrics.state import Accumulator, Spec
+from tracekit.metrics.measurement import Measurement
+from tracekit.metrics.state import Accumulator, Spec, caveats, resolve_phase
 from tracekit.schema import TraceMeta
 from tracekit.store import Block
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracekit.errors import UsageError
-from tracekit.synth import KINDS, SynthTrace, synth
+from tracekit.synthetic import KINDS, SynthTrace, synth
 
 N, K = 32, 4
 

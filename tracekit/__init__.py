@@ -9,6 +9,7 @@ Everything here is loaded when it is first used, so that ``import tracekit`` is 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -20,9 +21,14 @@ _PUBLIC = {
     "TracekitWarning": "errors",
     "attribution": "analysis",
     "autocorr": "analysis",
+    "chart": "reports.charts",
     "ingest": "store",
     "load": "analysis",
     "measure": "analysis",
+    "queries": "reports.queries",
+    "query": "reports.queries",
+    "summary": "reports.queries",
+    "synth": "synthetic",
     "windows": "analysis",
 }
 
@@ -34,12 +40,18 @@ if TYPE_CHECKING:
     from tracekit.analysis import windows as windows
     from tracekit.errors import TracekitError as TracekitError
     from tracekit.errors import TracekitWarning as TracekitWarning
+    from tracekit.reports import charts as charts
+    from tracekit.reports.charts import chart as chart
+    from tracekit.reports.queries import queries as queries
+    from tracekit.reports.queries import query as query
+    from tracekit.reports.queries import summary as summary
     from tracekit.store import Store as Store
     from tracekit.store import TraceInfo as TraceInfo
     from tracekit.store import ingest as ingest
+    from tracekit.synthetic import synth as synth
 
 
-def open(path: str) -> Store:  # noqa: A001 - the natural name for it: tk.open("…")
+def open(path: str | Path) -> Store:  # noqa: A001 - the natural name for it: tk.open("…")
     """Open a store.
 
     Raises
@@ -53,10 +65,12 @@ def open(path: str) -> Store:  # noqa: A001 - the natural name for it: tk.open("
 
 
 def __getattr__(name: str) -> Any:
+    if name == "charts":
+        return importlib.import_module("tracekit.reports.charts")
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"tracekit.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'tracekit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, "charts"])

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracekit.errors import TracekitWarning, UsageError
-from tracekit.metrics.measurement import Measurement, caveats, resolve_phase
-from tracekit.metrics.state import Spec
+from tracekit.metrics.state import Spec, caveats, resolve_phase
 from tracekit.schema import By, Phase
 from tracekit.store import Store, TraceInfo, results
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from tracekit.metrics.measurement import Measurement
+
 StoreLike = Store | str | Path
+
+MAX_WINDOW = 8
+"""Longest window by default: up to 7 drafted tokens."""
+
+MAX_LAG = 32
+"""Largest lag by default."""
 
 
 def as_store(store: StoreLike) -> Store:
@@ -43,17 +50,23 @@ class _Wanted:
 
 
 def _want_windows(
-    phase: Phase, *, max_window: int = 8, batch_size: Sequence[int] = (1,), overlapping: bool = True, **common: Any
+    phase: Phase,
+    *,
+    max_window: int = MAX_WINDOW,
+    batch_size: int | Iterable[int] = 1,
+    overlapping: bool = True,
+    **common: Any,
 ) -> _Wanted:
     import polars as pl
 
-    batches = max(batch_size, default=1) > 1
+    sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
+    batches = max(sizes, default=1) > 1
     spec = Spec(phase, max_window=max_window, overlapping=overlapping, batches=batches, **common)
-    key = {"max_window": max_window, "batch_size": list(batch_size), "overlapping": overlapping, **common}
-    return _Wanted("windows", spec, key, lambda m: m.windows(batch_size).filter(pl.col("window") <= max_window))
+    key = {"max_window": max_window, "batch_size": sizes, "overlapping": overlapping, **common}
+    return _Wanted("windows", spec, key, lambda m: m.windows(sizes).filter(pl.col("window") <= max_window))
 
 
-def _want_autocorr(phase: Phase, *, max_lag: int = 32, **common: Any) -> _Wanted:
+def _want_autocorr(phase: Phase, *, max_lag: int = MAX_LAG, **common: Any) -> _Wanted:
     import polars as pl
 
     if max_lag < 1:
@@ -74,7 +87,7 @@ def _want_load(phase: Phase, *, by: By | None = None, **common: Any) -> _Wanted:
     if by == "request":
         raise UsageError("load by request", expected="by layer or by label")
     group: By | None = "label" if by == "label" else None
-    return _Wanted("load", Spec(phase, by=group, **common), {"by": group}, Measurement.load)
+    return _Wanted("load", Spec(phase, by=group, **common), {"by": group}, lambda m: m.load())
 
 
 _WANT: dict[str, Callable[..., _Wanted]] = {
@@ -132,6 +145,8 @@ def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[_
     for i, frame in enumerate(frames):
         if frame is None:
             passes.setdefault(replace(asked[i].spec, max_window=1, max_lag=0, batches=False), []).append(i)
+    if passes:
+        from tracekit.metrics.measurement import Measurement  # brings numba, which a saved result can do without
     for spec, members in passes.items():
         specs = [asked[i].spec for i in members]
         shared = replace(
@@ -163,8 +178,8 @@ def measure(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    max_window: int = 8,
-    max_lag: int = 32,
+    max_window: int = MAX_WINDOW,
+    max_lag: int = MAX_LAG,
     overlapping: bool = True,
     batches: bool = False,
     by: By | None = None,
@@ -201,6 +216,8 @@ def measure(
     UnsupportedError
         The trace cannot answer, with the reason.
     """
+    from tracekit.metrics.measurement import Measurement
+
     store = as_store(store)
     info = store.trace(trace)
     requests = store.requests(info)
@@ -223,7 +240,7 @@ def windows(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    max_window: int = 8,
+    max_window: int = MAX_WINDOW,
     batch_size: int | Iterable[int] = 1,
     overlapping: bool = True,
     by: By | None = None,
@@ -269,8 +286,7 @@ def windows(
     UsageError
         An argument is out of range.
     """
-    sizes = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-    arguments = {"max_window": max_window, "batch_size": sizes, "overlapping": overlapping, "by": by}
+    arguments = {"max_window": max_window, "batch_size": batch_size, "overlapping": overlapping, "by": by}
     [frame] = ensure(store, [("windows", arguments)], trace=trace, phase=phase, intervals=intervals, seed=seed)
     return _shown(frame, by).drop("overlapping")
 
@@ -280,7 +296,7 @@ def autocorr(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    max_lag: int = 32,
+    max_lag: int = MAX_LAG,
     by: By | None = None,
     intervals: bool = True,
     seed: int = 0,

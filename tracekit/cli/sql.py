@@ -91,7 +91,7 @@ def query(
     elif store is None or name is None:
         raise click.UsageError("Give a STORE and the NAME of a query, or --list, or --describe NAME.")
     else:
-        given = mapping(params, "--param")
+        given: dict[str, Any] = mapping(params, "--param")
         given |= {key: value for key, value in (("trace", trace), ("phase", phase)) if value is not None}
         announce_compilation(out)
         out.table(tk.query(tk.open(store), name, **options, **given), "summary" if name == "summary" else None)

@@ -71,7 +71,7 @@ def synth(kind: str, file: Path, out: Output, **options: Any) -> None:
     """
     import polars as pl
 
-    from tracekit.synth import synth as describe
+    from tracekit.synthetic import synth as describe
 
     shape = {name: options.pop(name) for name in SHAPE}
     trace = describe(kind, **options, **{name: value for name, value in shape.items() if value is not None})

@@ -8,57 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.errors import UnsupportedError, UsageError
+from tracekit.errors import UsageError
 from tracekit.metrics.attribution import telescope
 from tracekit.metrics.intervals import Interval, jackknife
 from tracekit.metrics.ladder import ladder
 from tracekit.metrics.load import balance
 from tracekit.metrics.replicates import Replicates, layer_mean
-from tracekit.metrics.state import MIN_REQUESTS, ROUGH_REQUESTS, Accumulator, Cells, Spec, phase_tokens
-from tracekit.schema import BASELINES, Phase, TraceMeta
+from tracekit.metrics.state import Accumulator, Spec
+from tracekit.schema import BASELINES, TraceMeta
 
 if TYPE_CHECKING:
     import polars as pl
 
     from tracekit.store import Block
-
-
-def resolve_phase(requests: pl.DataFrame, phase: Phase | None) -> Phase:
-    """Return the phase to measure: the one asked for, else decode where the trace knows it, else what there is.
-
-    Raises
-    ------
-    UnsupportedError
-        The trace has no rows of the phase asked for, or does not know its phases.
-    """
-    if phase == "all":
-        return phase
-    known = requests["n_decode"].null_count() < requests.height
-    has = {p: known and bool((phase_tokens(requests, p) > 0).any()) for p in ("decode", "prefill")}
-    if phase is None:
-        return "decode" if has["decode"] else "prefill" if has["prefill"] else "all"
-    if not has[phase]:
-        unknown = "the trace does not say which rows are prompt and which decode"
-        reason = f"no {phase} tokens in this trace" if known else unknown
-        raise UnsupportedError(reason, remedy="Use --phase all, or ingest it again with a prompt length or --phase")
-    return phase
-
-
-def caveats(requests: pl.DataFrame, spec: Spec) -> list[str]:
-    """Return what the reader of a result should know about it, in sentences."""
-    notes = []
-    unknown = requests["n_decode"].null_count()
-    if spec.phase != "all" and unknown:
-        notes.append(f"{unknown} of {requests.height} requests do not say which rows are decode: left out")
-    sizes = Cells.assign(requests, spec).group_requests
-    if spec.intervals and spec.by != "request" and sizes:
-        under = " under some labels" if spec.by == "label" else ""
-        if min(sizes) < MIN_REQUESTS:
-            notes.append(f"no interval with fewer than {MIN_REQUESTS} requests: there are {min(sizes)}{under}")
-        elif min(sizes) < ROUGH_REQUESTS:
-            few = f"fewer than {ROUGH_REQUESTS} requests"
-            notes.append(f"intervals are rough with {few}: there are {min(sizes)}{under}")
-    return notes
 
 
 class Measurement:

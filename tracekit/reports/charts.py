@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import altair as alt
     import polars as pl
 
-    from tracekit.store import Store
+    from tracekit.analysis import StoreLike
 
     Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 
@@ -316,7 +316,7 @@ KINDS: dict[str, ChartKind] = {
 """The charts by name."""
 
 
-def chart(store: Store, kind: str, /, **params: Any) -> Chart:
+def chart(store: StoreLike, kind: str, /, **params: Any) -> Chart:
     """Run a chart's query and draw what it returns.
 
     Parameters

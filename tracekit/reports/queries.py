@@ -16,16 +16,16 @@ Its header is the documentation and is checked against the columns that the quer
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from tracekit.analysis import MAX_LAG, MAX_WINDOW, StoreLike, as_store, ensure
 from tracekit.errors import QueryError, UnsupportedError, UsageError
-from tracekit.schema import PHASES
+from tracekit.schema import PHASES, Phase
 
 if TYPE_CHECKING:
     import polars as pl
@@ -145,7 +145,7 @@ def find(name: str) -> Query:
 
 
 def query(
-    store: Store,
+    store: StoreLike,
     name: str,
     /,
     *,
@@ -176,6 +176,7 @@ def query(
     StoreError
         There is no such trace.
     """
+    store = as_store(store)
     prepare(store, name, params, intervals=intervals, seed=seed)
     return run(store, name, params)
 
@@ -215,28 +216,48 @@ def prepare(store: Store, name: str, params: Mapping[str, Any] | None = None, **
     found = find(name)
     given = found.bind(params or {})
     values = {p.name: p.default for p in found.parameters} | given
+    wanted = [(need.metric, need.bind(values)) for need in found.needs]
+    for _, arguments in wanted:
+        # A window or lag below the default would be measured again for whoever asks for the default.
+        for argument, least in (("max_window", MAX_WINDOW), ("max_lag", MAX_LAG)):
+            if argument in arguments:
+                arguments[argument] = max(arguments[argument], least)
     traces = [store.trace(str(given["trace"]))] if "trace" in given else store.traces()
-    for need in found.needs:
-        refusals = []
-        for trace in traces:
-            try:
-                _compute(store, need, {"trace": trace.name, "phase": values.get("phase")} | need.bind(values) | options)
-            except (UnsupportedError, UsageError) as error:
-                refusals.append(error)
-        if refusals and len(refusals) == len(traces):
-            raise refusals[0]
+    refusals = []
+    for trace in traces if wanted else []:
+        try:
+            ensure(store, wanted, trace=trace.name, phase=cast("Phase | None", values.get("phase")), **options)
+        except UnsupportedError as error:
+            refusals.append(error)
+    if refusals and len(refusals) == len(traces):
+        raise refusals[0]
 
 
-def _compute(store: Store, need: Need, arguments: dict[str, Any]) -> None:
-    from tracekit import analysis
+def summary(
+    store: StoreLike,
+    *,
+    trace: str | None = None,
+    phase: Phase | None = None,
+    window: int = 4,
+    intervals: bool = True,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Return the one page to read first: the query ``summary``.
 
-    metric: Callable[..., Any] = getattr(analysis, need.metric)
-    accepted = inspect.signature(metric).parameters
-    # A longest window or lag below the metric's own default would be computed again by whoever asks for the default.
-    for name, value in arguments.items():
-        if name.startswith("max_"):
-            arguments[name] = max(value, accepted[name].default)
-    metric(store, **{name: value for name, value in arguments.items() if name in accepted})
+    Parameters
+    ----------
+    store
+        A store or its path.
+    trace
+        Name of one trace; default: every trace of the store.
+    phase
+        ``decode``, ``prefill`` or ``all``; default: decode where the trace knows it, else what there is.
+    window
+        Window length T in tokens.
+    intervals, seed
+        As the metrics take them.
+    """
+    return query(store, "summary", intervals=intervals, seed=seed, trace=trace, phase=phase, window=window)
 
 
 def _argument(text: str, values: Mapping[str, Value]) -> Value:
