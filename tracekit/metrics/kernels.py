@@ -38,7 +38,18 @@ def word_bits(max_lag: int, max_window: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, words: Any, table: Any) -> None:
+def _popcount(x: Any) -> Any:
+    """Return the number of set bits of a uint64, in the form that LLVM turns into its instruction for it."""
+    x -= (x >> _U1) & _EVEN
+    x = (x & _PAIR) + ((x >> np.uint64(2)) & _PAIR)
+    x = (x + (x >> np.uint64(4))) & _NIBBLE
+    return np.int64((x * _BYTE) >> np.uint64(56))
+
+
+@njit(cache=True, nogil=True)
+def _history(
+    ids: Any, start: int, begin: int, end: int, delay: int, bits: int, words: Any, table: Any, counts: Any
+) -> None:
     """Write the history word of every routed expert of tokens ``begin .. end - 1``.
 
     Parameters
@@ -52,6 +63,8 @@ def _history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, 
     table
         Uses per expert ``[N]`` uint64, in epochs of ``64 - bits`` tokens: the low ``bits`` bits are the tokens before
         the epoch, the others the epoch itself. ``begin`` must be a multiple of the epoch.
+    counts
+        ``[N]`` int64: grows by the uses of each expert in the epochs that are over; or empty.
     """
     epoch = np.uint64(64 - bits)
     past = np.uint64(bits)
@@ -61,6 +74,8 @@ def _history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, 
     t = np.uint64(begin)
     stop = np.uint64(end)
     while t < stop:
+        for i in range(counts.shape[0]):
+            counts[i] += _popcount(table[i] >> past)
         for i in range(table.shape[0]):
             table[i] >>= epoch
         for step in range(min(epoch, stop - t)):
@@ -83,13 +98,15 @@ def _history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, 
 
 
 @njit(cache=True, nogil=True)
-def _pack_history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, packed: Any, table: Any) -> None:
+def _pack_history(
+    ids: Any, start: int, begin: int, end: int, delay: int, bits: int, packed: Any, table: Any, counts: Any
+) -> None:
     """Write the history words into ``packed[k, words]`` uint64, with zeros after the last token."""
     packed[:, (end - begin - 1) * bits // 64] = _U0
     if bits == 16:
-        _history(ids, start, begin, end, delay, bits, packed.view(np.uint16), table)
+        _history(ids, start, begin, end, delay, bits, packed.view(np.uint16), table, counts)
     else:
-        _history(ids, start, begin, end, delay, bits, packed.view(np.uint32), table)
+        _history(ids, start, begin, end, delay, bits, packed.view(np.uint32), table, counts)
 
 
 @njit(cache=True, nogil=True)
@@ -162,10 +179,10 @@ def _add_bit_counts(words: Any, n_words: int, bits: int, weight: int, counts: An
 
 
 @njit(cache=True, nogil=True)
-def _smear(words: Any, n_words: int, bits: int) -> None:
-    """Turn history words into "used within the last d tokens" words, in place (packed view)."""
+def _smear(words: Any, n_words: int, bits: int, lags: int) -> None:
+    """Turn history words into "used within the last d tokens" words for d up to ``lags``, in place (packed view)."""
     shift = 1
-    while shift < bits:
+    while shift < min(bits, lags):
         keep = _U0
         field = (_U1 << np.uint64(bits - shift)) - _U1
         for f in range(0, 64, bits):
@@ -187,19 +204,6 @@ def _field_sum(planes: Any, field: int, bit: int, bits: int) -> Any:
     for p in range(planes.shape[0]):
         total += np.int64((planes[p, field // per_word] >> shift) & _U1) << p
     return total
-
-
-@njit(cache=True, nogil=True)
-def _count(ids: Any, start: int, n: int, counts: Any, partial: Any) -> None:
-    """Add the uses of each expert in tokens ``start .. start + n - 1`` to ``counts[N]``."""
-    partial[:] = 0
-    for r in range(ids.shape[0]):
-        lane = partial[r & 3]
-        column = ids[r, start : start + n]
-        for t in range(n):
-            lane[column[t]] += 1
-    for e in range(counts.shape[0]):
-        counts[e] += partial[0, e] + partial[1, e] + partial[2, e] + partial[3, e]
 
 
 @njit(cache=True, nogil=True)
@@ -287,6 +291,7 @@ def _scan_run(
     union_sum: Any,
     overlap_counts: Any,
     rank0_repeats: Any,
+    counts: Any,
     packed: Any,
     planes: Any,
     carry: Any,
@@ -304,7 +309,9 @@ def _scan_run(
     overlap_counts
         ``[D, k]`` int64: ``[d - 1, v - 1]`` grows by the pairs at lag d that share exactly v experts.
     rank0_repeats
-        ``[D]`` int64: pairs at lag d whose rank-0 expert is the same.
+        ``[D]`` int64: pairs at lag d whose rank-0 expert is the same; or empty.
+    counts
+        ``[N]`` int64: grows by the uses of each expert.
     packed, planes, carry, tables, seen
         Scratch; ``packed[k, words]`` uint64 holds the history words of a chunk of tokens.
     """
@@ -312,45 +319,54 @@ def _scan_run(
     max_window = union_sum.shape[0]
     max_lag = overlap_counts.shape[0]
     chunk = packed.shape[1] * (64 // bits)
+    if tables.shape[1] == 0:
+        for r in range(k):
+            column = ids[r, start : start + n]
+            for t in range(n):
+                counts[column[t]] += 1
     tables[:] = 0
+    no_counts = counts[:0]
     lags = np.zeros(bits, np.int64)
     used = np.zeros(max_window, np.int64)
     head = np.zeros(max_window, np.int64)
-    tail = np.zeros((max_window, max_window), np.int64)
+    tail = np.zeros((max_window, max_window), np.int64)  # all three stay 0 unless windows overlap
     for begin in range(0, n, chunk):
         end = min(n, begin + chunk)
         n_words = ((end - begin) * bits + 63) // 64
         seen[:] = False
         for block in range(tables.shape[1]):
             delay = block * bits
-            _pack_history(ids, start, begin, end, delay, bits, packed, tables[0, block])
+            _pack_history(
+                ids, start, begin, end, delay, bits, packed, tables[0, block], counts if block == 0 else no_counts
+            )
             if max_lag > delay:
                 _add_overlaps(packed, n_words, bits, planes, carry, lags, overlap_counts[delay:])
             if max_window - 1 > delay:
                 if max_window - 1 > bits:
                     _carry_uses(packed.view(np.uint32), end - begin, seen)
-                _smear(packed, n_words, bits)
+                _smear(packed, n_words, bits, max_window - 1 - delay)
                 _sum_planes(packed, n_words, planes, carry)
                 if overlapping:
                     _add_recent_uses(planes, n_words, bits, delay, begin, end, n, lags, used, head, tail)
                 else:
                     _subtract_repeats(planes, bits, delay, begin, end, n, max_window, union_sum)
-            if max_lag > delay:
-                _pack_history(ids[:1], start, begin, end, delay, bits, packed, tables[1, block])
+            if rank0_repeats.shape[0] > delay:
+                _pack_history(ids[:1], start, begin, end, delay, bits, packed, tables[1, block], no_counts)
                 lags[:] = 0
                 _add_bit_counts(packed[0], n_words, bits, 1, lags)
                 for d in range(min(bits, max_lag - delay)):
                     rank0_repeats[delay + d] += lags[d]
+    for e in range(counts.shape[0] if tables.shape[1] else 0):
+        counts[e] += _popcount(tables[0, 0, e] >> np.uint64(bits))
     for window in range(1, min(max_window, n) + 1):
-        if not overlapping:
-            union_sum[window - 1] += k * window * (n // window)
-            continue
-        # A window's token number j counts the experts not used within the previous j tokens. Over all windows, it
-        # runs through the tokens from j on, without the last T - 1 - j.
-        total = k * window * (n - window + 1)
-        for j in range(1, window):
-            total -= used[j] - head[j] - tail[j, : window - 1 - j].sum()
-        union_sum[window - 1] += total
+        union_sum[window - 1] += k * window * (n - window + 1 if overlapping else n // window)
+    # A window's token number j does not count the experts that were used within the previous j tokens. Over all
+    # sliding windows, it runs through the run's tokens from j on, without the last T - 1 - j.
+    for j in range(1, min(max_window, n)):
+        repeats = used[j] - head[j]
+        for window in range(j + 1, min(max_window, n) + 1):
+            union_sum[window - 1] -= repeats
+            repeats -= tail[j, window - 1 - j]
 
 
 @njit(cache=True, nogil=True)
@@ -390,21 +406,23 @@ def _scan_experts(ids: Any, start: int, n: int, overlapping: bool, expert_window
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _rarefy(counts: Any, n: int, windows: Any, absent: Any, expected_sum: Any, expert_expected: Any) -> None:
+def _rarefy(counts: Any, n: int, windows: Any, used: Any, absent: Any, expected_sum: Any, expert_expected: Any) -> None:
     """Add the expectation of a within-request shuffle, weighted by the request's windows.
 
     ``expected_sum[T - 1] += windows[T - 1] * sum_e(1 - C(n - c_e, T) / C(n, T))``; the same per expert goes to
-    ``expert_expected[T, N]`` unless that is empty. ``absent`` is scratch ``[N]`` float64.
+    ``expert_expected[T, N]`` unless that is empty. ``used`` and ``absent`` are scratch ``[N]`` float64.
     """
-    absent[:] = 1.0
+    for e in range(counts.shape[0]):
+        used[e] = counts[e]
+        absent[e] = 1.0
     for i in range(min(windows.shape[0], n)):
-        inverse = 1.0 / (n - i)
+        left = float(n - i)
+        inverse = 1.0 / left
         total = 0.0
         for e in range(counts.shape[0]):
-            left = max(0.0, float(n - i) - counts[e])
-            absent[e] *= left * inverse
-            total += 1.0 - absent[e]
-        expected_sum[i] += windows[i] * total
+            absent[e] *= (left - used[e]) * inverse  # stays 0 once no token without the expert is left
+            total += absent[e]
+        expected_sum[i] += windows[i] * (counts.shape[0] - total)
         if expert_expected.shape[0]:
             for e in range(counts.shape[0]):
                 expert_expected[i, e] += windows[i] * (1.0 - absent[e])
@@ -453,7 +471,8 @@ def scan(
     n_windows, union_sum, request_union_sum
         State ``[cells, L, T]``: windows, the sum of their unique experts, and its expectation under a shuffle.
     n_pairs, rank0_repeats, request_overlap_sum
-        State ``[cells, L, D]``: pairs, pairs with the same rank-0 expert, expected shared experts under a shuffle.
+        State ``[cells, L, D]``: pairs, pairs with the same rank-0 expert (or ``[cells, L, 0]``), and the expected shared
+        experts under a shuffle.
     overlap_counts
         State ``[cells, L, D, k]``: pairs that share exactly v + 1 experts.
     counts, label_windows
@@ -468,7 +487,7 @@ def scan(
     num_experts = counts.shape[2]
     per_expert = expert_windows.shape[0] > 0
     reach = max(max_lag, max_window - 1)
-    blocks = max(1, (reach + bits - 1) // bits)
+    blocks = (reach + bits - 1) // bits
     # A chunk of tokens is a whole number of epochs (see _history) and at most 255 packed words (see _add_bit_counts).
     epoch, per_word = 64 - bits, 64 // bits
     chunk = 255 * per_word // epoch * epoch
@@ -481,9 +500,9 @@ def scan(
     tables = np.zeros((2, blocks, num_experts), np.uint64)
     seen = np.zeros((k, chunk), np.bool_) if max_window - 1 > bits else np.zeros((1, 1), np.bool_)
     last = np.zeros(num_experts, np.int64)
-    partial = np.zeros((4, num_experts), np.int32)
     unit_counts = np.zeros(num_experts, np.int64)
     unit_windows = np.zeros(max_window, np.int64)
+    used = np.zeros(num_experts, np.float64)
     absent = np.zeros(num_experts, np.float64)
     no_experts = np.zeros((0, 0), np.float64)
     for u in range(units.shape[0]):
@@ -495,7 +514,6 @@ def scan(
         for run in range(unit_runs[u, 0], unit_runs[u, 1]):
             start, n = run_start[run], run_length[run]
             tokens += n
-            _count(ids, start, n, unit_counts, partial)
             for window in range(1, min(max_window, n) + 1):
                 unit_windows[window - 1] += n - window + 1 if overlapping else n // window
             _scan_run(
@@ -507,6 +525,7 @@ def scan(
                 union_sum[cell, layer],
                 overlap_counts[cell, layer],
                 rank0_repeats[cell, layer],
+                unit_counts,
                 packed,
                 planes,
                 carry,
@@ -524,6 +543,7 @@ def scan(
             unit_counts,
             tokens,
             unit_windows,
+            used,
             absent,
             request_union_sum[cell, layer],
             request_expert_windows[cell, layer] if per_expert else no_experts,

@@ -105,10 +105,8 @@ class Measurement:
                 per_pair = {
                     "jaccard": pair_counts @ (shared / (2 * k - shared)) / pairs,
                     "any_shared": pair_counts.sum(axis=-1) / pairs,
-                    "rank0_repeat": r.total(s.rank0_repeats)[:1] / pairs,
+                    "rank0_repeat": r.total(s.rank0_repeats)[:1] / pairs if self.meta.router_order else pairs * np.nan,
                 }
-            if self.meta.router_order is not True:
-                per_pair["rank0_repeat"] = np.full_like(per_pair["rank0_repeat"], np.nan)
             for group, layers in groups:
                 mean = layer_mean(overlap, layers)
                 by_popularity = np.broadcast_to(layer_mean(popularity, layers)[0], mean[0].shape)

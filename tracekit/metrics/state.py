@@ -214,7 +214,7 @@ class State:
     overlap_counts: NDArray[np.int64]
     """``[C, L, D, k]`` pairs that share exactly v + 1 experts."""
     rank0_repeats: NDArray[np.int64]
-    """``[C, L, D]`` pairs with the same rank-0 expert."""
+    """``[C, L, D]`` pairs with the same rank-0 expert; ``[C, L, 0]`` unless the trace keeps router order."""
     request_overlap_sum: NDArray[np.float64]
     """``[C, L, D]`` shared experts over k, expected under a shuffle and summed over pairs."""
     counts: NDArray[np.int64]
@@ -256,7 +256,7 @@ class State:
             request_union_sum=np.zeros(windows),
             n_pairs=np.zeros(lags, np.int64),
             overlap_counts=np.zeros((*lags, meta.top_k), np.int64),
-            rank0_repeats=np.zeros(lags, np.int64),
+            rank0_repeats=np.zeros(lags if meta.router_order else (*lags[:2], 0), np.int64),
             request_overlap_sum=np.zeros(lags),
             counts=np.zeros((cc, n_layers, meta.num_experts), np.int64),
             label_windows=np.zeros((cc, n_layers, spec.max_window), np.int64),
