@@ -82,7 +82,12 @@ def _history(
             mark = _U1 << (past + step)
             now = t + step
             column = now - np.uint64(begin)
-            if lag == _U0:
+            if lag == _U0 and k == _U1:  # one rank: a loop over ranks would cost more than its body
+                e = np.uint64(ids[0, first + now])
+                used = table[e]
+                words[0, column] = used >> step
+                table[e] = used | mark
+            elif lag == _U0:
                 for r in range(k):
                     e = np.uint64(ids[r, first + now])
                     used = table[e]
@@ -101,8 +106,8 @@ def _history(
 def _pack_history(
     ids: Any, start: int, begin: int, end: int, delay: int, bits: int, packed: Any, table: Any, counts: Any
 ) -> None:
-    """Write the history words into ``packed[k, words]`` uint64, with zeros after the last token."""
-    packed[:, (end - begin - 1) * bits // 64] = _U0
+    """Write the history words into ``packed[k, W]`` uint64, with zeros after the last token."""
+    packed[:, packed.shape[1] - 1] = _U0
     if bits == 16:
         _history(ids, start, begin, end, delay, bits, packed.view(np.uint16), table, counts)
     else:
@@ -110,18 +115,19 @@ def _pack_history(
 
 
 @njit(cache=True, nogil=True)
-def _sum_planes(words: Any, n_words: int, planes: Any, carry: Any) -> None:
+def _sum_planes(packed: Any, planes: Any, carry: Any) -> None:
     """Add the k words of each token bit by bit; ``planes[p]`` receives bit p of the sums.
 
-    ``words`` is the packed view ``[k, >= n_words]`` uint64, ``planes`` ``[P, >= n_words]`` with ``2 ** P > k``.
+    ``packed`` is ``[k, W]`` uint64, ``planes`` ``[P, W]`` with ``2 ** P > k``, ``carry`` scratch ``[W]``.
     """
-    k = words.shape[0]
+    k = packed.shape[0]
     ones = planes[0]
-    planes[:, :n_words] = 0
+    n_words = carry.shape[0]
+    planes[:] = 0
     for r in range(0, k, 2):
-        x = words[r]
+        x = packed[r]
         if r + 1 < k:
-            y = words[r + 1]
+            y = packed[r + 1]
             for i in range(n_words):
                 a = ones[i] ^ x[i]
                 carry[i] = (ones[i] & x[i]) | (a & y[i])
@@ -139,14 +145,15 @@ def _sum_planes(words: Any, n_words: int, planes: Any, carry: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _add_bit_counts(words: Any, n_words: int, bits: int, weight: int, counts: Any) -> None:
+def _add_bit_counts(words: Any, bits: int, weight: int, counts: Any) -> None:
     """Add, for each of the ``bits`` bit positions, how many of the packed fields have it set.
 
-    ``counts[d - 1]`` grows by ``weight`` times the number of fields with bit ``bits - d`` set. ``n_words`` is at most
-    255, so that the byte-wide partial sums cannot overflow.
+    ``counts[d - 1]`` grows by ``weight`` times the number of fields with bit ``bits - d`` set. There are at most 255
+    words, so that the byte-wide partial sums cannot overflow.
     """
     s1, s2, s4 = _U1, np.uint64(2), np.uint64(4)
     a0, a1, a2, a3, a4, a5, a6, a7 = _U0, _U0, _U0, _U0, _U0, _U0, _U0, _U0
+    n_words = words.shape[0]
     third = n_words // 3
     for i in range(third):
         x, y, z = words[i], words[third + i], words[2 * third + i]
@@ -171,16 +178,20 @@ def _add_bit_counts(words: Any, n_words: int, bits: int, weight: int, counts: An
         a5 += (x >> np.uint64(5)) & _BYTE
         a6 += (x >> np.uint64(6)) & _BYTE
         a7 += (x >> np.uint64(7)) & _BYTE
-    for byte in range(8):
-        shift = np.uint64(8 * byte)
-        top = bits - 1 - (8 * byte) % bits
+    # Byte b of a0 counts bit b * 8, of a1 bit b * 8 + 1, …; the fields of a word are added up by a multiplication.
+    ones = _U0
+    for field in range(0, 64, bits):
+        ones |= _U1 << np.uint64(field)
+    lane, top = ones * np.uint64(255), np.uint64(64 - bits)
+    for byte in range(bits // 8):
+        shift, first = np.uint64(8 * byte), bits - 1 - 8 * byte
         for bit, a in enumerate((a0, a1, a2, a3, a4, a5, a6, a7)):
-            counts[top - bit] += weight * np.int64((a >> shift) & np.uint64(255))
+            counts[first - bit] += weight * np.int64((((a >> shift) & lane) * ones) >> top)
 
 
 @njit(cache=True, nogil=True)
-def _smear(words: Any, n_words: int, bits: int, lags: int) -> None:
-    """Turn history words into "used within the last d tokens" words for d up to ``lags``, in place (packed view)."""
+def _smear(packed: Any, bits: int, lags: int) -> None:
+    """Turn history words into "used within the last d tokens" words for d up to ``lags``, in place."""
     shift = 1
     while shift < min(bits, lags):
         keep = _U0
@@ -188,9 +199,9 @@ def _smear(words: Any, n_words: int, bits: int, lags: int) -> None:
         for f in range(0, 64, bits):
             keep |= field << np.uint64(f)
         s = np.uint64(shift)
-        for r in range(words.shape[0]):
-            row = words[r]
-            for i in range(n_words):
+        for r in range(packed.shape[0]):
+            row = packed[r]
+            for i in range(packed.shape[1]):
                 row[i] |= (row[i] >> s) & keep
         shift *= 2
 
@@ -198,23 +209,22 @@ def _smear(words: Any, n_words: int, bits: int, lags: int) -> None:
 @njit(cache=True, nogil=True)
 def _field_sum(planes: Any, field: int, bit: int, bits: int) -> Any:
     """Return the sum over ranks of one bit of one token, read from the planes."""
-    per_word = 64 // bits
-    shift = np.uint64((field % per_word) * bits + bit)
+    at = field * bits
+    word, shift = at >> 6, np.uint64((at & 63) + bit)
     total = np.int64(0)
     for p in range(planes.shape[0]):
-        total += np.int64((planes[p, field // per_word] >> shift) & _U1) << p
+        total += np.int64((planes[p, word] >> shift) & _U1) << p
     return total
 
 
 @njit(cache=True, nogil=True)
-def _add_overlaps(
-    packed: Any, n_words: int, bits: int, planes: Any, carry: Any, lags: Any, overlap_counts: Any
-) -> None:
+def _add_overlaps(packed: Any, bits: int, planes: Any, carry: Any, lags: Any, overlap_counts: Any) -> None:
     """Add the pairs of one chunk and block of lags that share exactly v experts, for each v.
 
     ``overlap_counts[d, v - 1]`` is the state from the block's first lag on; lags beyond it are ignored.
     """
-    _sum_planes(packed, n_words, planes, carry)
+    _sum_planes(packed, planes, carry)
+    n_words = carry.shape[0]
     for v in range(1, packed.shape[0] + 1):
         for i in range(n_words):
             carry[i] = ~_U0
@@ -228,7 +238,7 @@ def _add_overlaps(
             found |= carry[i]
         if found != _U0:
             lags[:] = 0
-            _add_bit_counts(carry, n_words, bits, 1, lags)
+            _add_bit_counts(carry, bits, 1, lags)
             for d in range(min(bits, overlap_counts.shape[0])):
                 overlap_counts[d, v - 1] += lags[d]
 
@@ -236,7 +246,6 @@ def _add_overlaps(
 @njit(cache=True, nogil=True)
 def _add_recent_uses(
     planes: Any,
-    n_words: int,
     bits: int,
     delay: int,
     begin: int,
@@ -255,7 +264,7 @@ def _add_recent_uses(
     max_window = head.shape[0]
     lags[:] = 0
     for p in range(planes.shape[0]):
-        _add_bit_counts(planes[p], n_words, bits, 1 << p, lags)
+        _add_bit_counts(planes[p], bits, 1 << p, lags)
     for d in range(min(bits, max_window - 1 - delay)):
         j = delay + d + 1
         used[j] += lags[d]
@@ -292,9 +301,9 @@ def _scan_run(
     overlap_counts: Any,
     rank0_repeats: Any,
     counts: Any,
-    packed: Any,
-    planes: Any,
-    carry: Any,
+    word_scratch: Any,
+    plane_scratch: Any,
+    carry_scratch: Any,
     tables: Any,
     seen: Any,
 ) -> None:
@@ -312,18 +321,14 @@ def _scan_run(
         ``[D]`` int64: pairs at lag d whose rank-0 expert is the same; or empty.
     counts
         ``[N]`` int64: grows by the uses of each expert.
-    packed, planes, carry, tables, seen
-        Scratch; ``packed[k, words]`` uint64 holds the history words of a chunk of tokens.
+    word_scratch, plane_scratch, carry_scratch, tables, seen
+        Scratch: for a chunk of tokens the history words (``k * W`` uint64), their sum (``P * W``) and one row (``W``).
     """
     k = ids.shape[0]
     max_window = union_sum.shape[0]
     max_lag = overlap_counts.shape[0]
-    chunk = packed.shape[1] * (64 // bits)
-    if tables.shape[1] == 0:
-        for r in range(k):
-            column = ids[r, start : start + n]
-            for t in range(n):
-                counts[column[t]] += 1
+    chunk = carry_scratch.shape[0] * (64 // bits)
+    n_planes = plane_scratch.shape[0] // carry_scratch.shape[0]
     tables[:] = 0
     no_counts = counts[:0]
     lags = np.zeros(bits, np.int64)
@@ -332,7 +337,11 @@ def _scan_run(
     tail = np.zeros((max_window, max_window), np.int64)  # all three stay 0 unless windows overlap
     for begin in range(0, n, chunk):
         end = min(n, begin + chunk)
+        # Rows that lie close together: a chunk is short of its scratch, and gaps would fill the cache.
         n_words = ((end - begin) * bits + 63) // 64
+        packed = word_scratch[: k * n_words].reshape(k, n_words)
+        planes = plane_scratch[: n_planes * n_words].reshape(n_planes, n_words)
+        carry = carry_scratch[:n_words]
         seen[:] = False
         for block in range(tables.shape[1]):
             delay = block * bits
@@ -340,31 +349,52 @@ def _scan_run(
                 ids, start, begin, end, delay, bits, packed, tables[0, block], counts if block == 0 else no_counts
             )
             if max_lag > delay:
-                _add_overlaps(packed, n_words, bits, planes, carry, lags, overlap_counts[delay:])
+                _add_overlaps(packed, bits, planes, carry, lags, overlap_counts[delay:])
             if max_window - 1 > delay:
                 if max_window - 1 > bits:
                     _carry_uses(packed.view(np.uint32), end - begin, seen)
-                _smear(packed, n_words, bits, max_window - 1 - delay)
-                _sum_planes(packed, n_words, planes, carry)
+                _smear(packed, bits, max_window - 1 - delay)
+                _sum_planes(packed, planes, carry)
                 if overlapping:
-                    _add_recent_uses(planes, n_words, bits, delay, begin, end, n, lags, used, head, tail)
+                    _add_recent_uses(planes, bits, delay, begin, end, n, lags, used, head, tail)
                 else:
                     _subtract_repeats(planes, bits, delay, begin, end, n, max_window, union_sum)
             if rank0_repeats.shape[0] > delay:
                 _pack_history(ids[:1], start, begin, end, delay, bits, packed, tables[1, block], no_counts)
                 lags[:] = 0
-                _add_bit_counts(packed[0], n_words, bits, 1, lags)
+                _add_bit_counts(packed[0], bits, 1, lags)
                 for d in range(min(bits, max_lag - delay)):
                     rank0_repeats[delay + d] += lags[d]
-    for e in range(counts.shape[0] if tables.shape[1] else 0):
-        counts[e] += _popcount(tables[0, 0, e] >> np.uint64(bits))
-    for window in range(1, min(max_window, n) + 1):
+    _finish_counts(ids, start, n, bits, tables, counts)
+    _finish_windows(k, n, overlapping, used, head, tail, union_sum)
+
+
+@njit(cache=True, nogil=True)
+def _finish_counts(ids: Any, start: int, n: int, bits: int, tables: Any, counts: Any) -> None:
+    """Add the uses of each expert that are still in the tables, or all of the run's where there are no tables."""
+    if tables.shape[1]:
+        for e in range(counts.shape[0]):
+            counts[e] += _popcount(tables[0, 0, e] >> np.uint64(bits))
+        return
+    for r in range(ids.shape[0]):
+        column = ids[r, start : start + n]
+        for t in range(n):
+            counts[column[t]] += 1
+
+
+@njit(cache=True, nogil=True)
+def _finish_windows(k: int, n: int, overlapping: bool, used: Any, head: Any, tail: Any, union_sum: Any) -> None:
+    """Turn the uses that were counted into unions: what every token brings, less what its window has already.
+
+    A window's token number j does not count the experts that were used within the previous j tokens. Over all sliding
+    windows, it runs through the run's tokens from j on, without the last T - 1 - j.
+    """
+    max_window = min(union_sum.shape[0], n)
+    for window in range(1, max_window + 1):
         union_sum[window - 1] += k * window * (n - window + 1 if overlapping else n // window)
-    # A window's token number j does not count the experts that were used within the previous j tokens. Over all
-    # sliding windows, it runs through the run's tokens from j on, without the last T - 1 - j.
-    for j in range(1, min(max_window, n)):
+    for j in range(1, max_window):
         repeats = used[j] - head[j]
-        for window in range(j + 1, min(max_window, n) + 1):
+        for window in range(j + 1, max_window + 1):
             union_sum[window - 1] -= repeats
             repeats -= tail[j, window - 1 - j]
 
@@ -413,7 +443,7 @@ def _rarefy(counts: Any, n: int, windows: Any, used: Any, absent: Any, expected_
     ``expert_expected[T, N]`` unless that is empty. ``used`` and ``absent`` are scratch ``[N]`` float64.
     """
     for e in range(counts.shape[0]):
-        used[e] = counts[e]
+        used[e] = np.int32(counts[e])  # 64-bit integers have no fast conversion
         absent[e] = 1.0
     for i in range(min(windows.shape[0], n)):
         left = float(n - i)
@@ -471,8 +501,8 @@ def scan(
     n_windows, union_sum, request_union_sum
         State ``[cells, L, T]``: windows, the sum of their unique experts, and its expectation under a shuffle.
     n_pairs, rank0_repeats, request_overlap_sum
-        State ``[cells, L, D]``: pairs, pairs with the same rank-0 expert (or ``[cells, L, 0]``), and the expected shared
-        experts under a shuffle.
+        State ``[cells, L, D]``: pairs, pairs with the same rank-0 expert (or of length 0), and the shared experts
+        that a shuffle would give.
     overlap_counts
         State ``[cells, L, D, k]``: pairs that share exactly v + 1 experts.
     counts, label_windows
@@ -491,12 +521,13 @@ def scan(
     # A chunk of tokens is a whole number of epochs (see _history) and at most 255 packed words (see _add_bit_counts).
     epoch, per_word = 64 - bits, 64 // bits
     chunk = 255 * per_word // epoch * epoch
-    packed = np.zeros((k, chunk // per_word), np.uint64)
+    width = chunk // per_word
+    words = np.zeros(k * width, np.uint64)
     n_planes = 1
     while (1 << n_planes) <= k:
         n_planes += 1
-    planes = np.zeros((n_planes, packed.shape[1]), np.uint64)
-    carry = np.zeros(packed.shape[1], np.uint64)
+    planes = np.zeros(n_planes * width, np.uint64)
+    carry = np.zeros(width, np.uint64)
     tables = np.zeros((2, blocks, num_experts), np.uint64)
     seen = np.zeros((k, chunk), np.bool_) if max_window - 1 > bits else np.zeros((1, 1), np.bool_)
     last = np.zeros(num_experts, np.int64)
@@ -526,7 +557,7 @@ def scan(
                 overlap_counts[cell, layer],
                 rank0_repeats[cell, layer],
                 unit_counts,
-                packed,
+                words,
                 planes,
                 carry,
                 tables,
@@ -549,11 +580,10 @@ def scan(
             request_expert_windows[cell, layer] if per_expert else no_experts,
         )
         if max_lag > 0:
-            coincident = 0.0
+            same = 0
             for e in range(num_experts):
-                coincident += float(unit_counts[e]) * float(unit_counts[e] - 1)
-            if tokens > 1:
-                coincident /= float(tokens) * float(tokens - 1) * k
+                same += unit_counts[e] * (unit_counts[e] - 1)
+            coincident = same / (float(tokens) * float(max(1, tokens - 1)) * k)
             for run in range(unit_runs[u, 0], unit_runs[u, 1]):
                 for d in range(1, min(max_lag, run_length[run] - 1) + 1):
                     found = run_length[run] - d

@@ -307,8 +307,12 @@ class Accumulator:
         units = np.stack([layers, self.cells.cell[request[first]], self.cells.count_cell[request[first]]], axis=1)
         state = [getattr(self.state, field.name) for field in fields(self.state)]
 
-        def work(thread: int) -> None:
-            mine = layers % self._threads == thread
+        # Tasks own disjoint layers, so they write disjoint parts of the one state; several a thread even out.
+        tasks = min(len(self.meta.layers), 4 * self._threads) if self._threads > 1 else 1
+        task_of = layers * tasks // len(self.meta.layers)
+
+        def work(task: int) -> None:
+            mine = task_of == task
             self._scan(
                 block.ids,
                 np.ascontiguousarray(units[mine]),
@@ -320,8 +324,7 @@ class Accumulator:
                 *state,
             )
 
-        # Threads own disjoint layers, so they write disjoint parts of the one state.
-        list(self._pool.map(work, range(self._threads)))
+        list(self._pool.map(work, range(tasks)))
 
     def _phase_runs(self, block: Block) -> tuple[NDArray[np.int64], ...]:
         """Cut the block's runs at the prompt's end and keep those of the phase: request, layer, start, n, part."""

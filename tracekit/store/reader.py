@@ -81,32 +81,34 @@ class Store:
         return pl.concat([self._read(s, "requests.parquet") for s in trace.segments])
 
     def blocks(self, trace: TraceInfo) -> Iterator[Block]:
-        """Yield the trace's routing rows part by part; the next part is read while one is worked on."""
-        columns = [f"e{r}" for r in range(trace.meta.top_k)]
-        parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
-        runs = {s.id: self._read(s, "runs.parquet") for s in trace.segments}
+        """Yield the trace's routing rows part by part; the next is made ready while one is worked on."""
+        blocks = self._blocks(trace)
+        with ThreadPoolExecutor(1, thread_name_prefix="tracekit-read") as pool:
+            ahead = pool.submit(next, blocks, None)
+            while (block := ahead.result()) is not None:
+                ahead = pool.submit(next, blocks, None)
+                yield block
 
-        def read(segment: Segment, part: int) -> Block:
-            frame = self._read(segment, part_name(part), columns)
-            if frame.height != segment.parts[part]:
-                raise StoreError(
-                    f"{frame.height} rows",
-                    where=str(self._path(segment, part_name(part))),
-                    expected=f"{segment.parts[part]}, as the manifest says",
-                    remedy="Ingest the trace again with --force",
-                )
-            ids = np.stack([frame[c].to_numpy() for c in columns])
-            here = runs[segment.id].filter(pl.col("part") == part)
-            return Block(ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")})
-
+    def _blocks(self, trace: TraceInfo) -> Iterator[Block]:
         import polars as pl
 
-        with ThreadPoolExecutor(1, thread_name_prefix="tracekit-read") as pool:
-            ahead = [pool.submit(read, *parts[0])] if parts else []
-            for i in range(len(parts)):
-                if i + 1 < len(parts):
-                    ahead.append(pool.submit(read, *parts[i + 1]))
-                yield ahead.pop(0).result()
+        columns = [f"e{r}" for r in range(trace.meta.top_k)]
+        parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
+        paths = [self._path(s, part_name(i)) for s, i in parts]
+        runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
+        rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
+        for (segment, part), path in zip(parts, paths, strict=True):
+            expected, frames = segment.parts[part], []
+            try:
+                while sum(f.height for f in frames) < expected:  # one row group a part, so this is one batch
+                    frames.append(next(rows))
+            except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
+                raise _unreadable(path, error) from None
+            ids = np.concatenate([np.stack([f[c].to_numpy() for c in columns]) for f in frames], axis=1)
+            if ids.shape[1] != expected:
+                raise _unreadable(path, f"it does not have the {expected} rows that the manifest says")
+            here = runs[segment.id][(part,)]
+            yield Block(ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")})
 
     def connect(self, variables: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Return a DuckDB connection with the store's views that can read the store and nothing else."""
@@ -147,6 +149,8 @@ class Store:
         try:
             return pl.read_parquet(path, columns=columns, memory_map=False, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise StoreError(
-                f"cannot be read ({error})", where=str(path), remedy="Ingest the trace again with --force"
-            ) from None
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, reason: object) -> StoreError:
+    return StoreError(f"cannot be read ({reason})", where=str(path), remedy="Ingest the trace again with --force")
