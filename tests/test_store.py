@@ -218,6 +218,19 @@ def test_damaged_parts_are_named(store: tk.Store) -> None:
         tk.windows(store, intervals=False)
 
 
+def test_ids_that_were_tampered_with_never_reach_the_kernels(store: tk.Store) -> None:
+    [part] = (store.path / "segments").rglob("part-*.parquet")
+    frame = pl.read_parquet(part)
+    frame.with_columns(pl.lit(200, pl.UInt8).alias("e1")).write_parquet(part)
+    with pytest.raises(StoreError, match="outside what the manifest says"):
+        tk.windows(store, intervals=False)
+    frame.write_parquet(part)
+    [runs] = (store.path / "segments").rglob("runs.parquet")
+    pl.read_parquet(runs).with_columns(pl.col("row") + 30).write_parquet(runs)
+    with pytest.raises(StoreError, match="outside what the manifest says"):
+        tk.windows(store, intervals=False)
+
+
 def test_unknown_traces_are_suggested(store: tk.Store, source: Path) -> None:
     ingest(source, store.path, name="second")
     with pytest.raises(StoreError, match="Did you mean 'second'"):

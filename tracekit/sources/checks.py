@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from tracekit.errors import SourceError
 from tracekit.schema import id_dtype
 from tracekit.sources.files import RELEASE_BYTES, allocate, release
 
-CHUNK_IDS = 1 << 17
+CHUNK_IDS = 1 << 18
 """Ids checked at once: small enough for the cache, large enough for numpy's call overhead."""
 _BY_CHANCE = math.log(1e-9)
 """A pattern less likely than this under random routing is taken for an artefact."""
@@ -21,21 +20,9 @@ _BY_CHANCE = math.log(1e-9)
 Ids = NDArray[Any]
 
 
-@lru_cache(maxsize=4)
-def _pair_masks(top_k: int, size: int) -> tuple[NDArray[np.bool_], ...]:
-    """For each distance r: which flat positions i have i + r in the same row of ``top_k``."""
-    rank = np.arange(size) % top_k
-    return tuple((rank < top_k - r)[: size - r] for r in range(1, top_k))
-
-
-def _has_duplicates(flat: NDArray[Any], masks: tuple[NDArray[np.bool_], ...], scratch: NDArray[np.bool_]) -> bool:
-    for r, mask in enumerate(masks, start=1):
-        equal = scratch[: flat.size - r]
-        np.equal(flat[r:], flat[:-r], out=equal)
-        np.logical_and(equal, mask[: equal.size], out=equal)
-        if equal.any():
-            return True
-    return False
+def _has_duplicates(flat: NDArray[Any], top_k: int) -> bool:
+    ranks = np.ascontiguousarray(flat.reshape(-1, top_k).T)
+    return any(bool(np.equal(ranks[d:], ranks[:-d]).any()) for d in range(1, top_k))
 
 
 def checked_ids(ids: Ids, num_experts: int, layers: tuple[int, ...], where: str) -> NDArray[np.unsignedinteger[Any]]:
@@ -63,9 +50,6 @@ def checked_ids(ids: Ids, num_experts: int, layers: tuple[int, ...], where: str)
     dtype = np.dtype(id_dtype(num_experts))
     out = ids if ids.dtype == dtype else allocate(ids.shape, dtype)
     step = max(1, CHUNK_IDS // (width * top_k))
-    size = min(step, tokens) * width * top_k
-    masks = _pair_masks(top_k, step * width * top_k) if top_k > 1 else ()
-    scratch = np.empty(size, np.bool_)
     touched = 0
     signed, may_exceed = ids.dtype.kind == "i", int(np.iinfo(ids.dtype).max) >= num_experts
     for start in range(0, tokens, step):
@@ -75,7 +59,7 @@ def checked_ids(ids: Ids, num_experts: int, layers: tuple[int, ...], where: str)
         if not wrong and out is not ids:
             flat = flat.astype(dtype)
             out[start : start + step] = flat.reshape(chunk.shape)
-        if wrong or (masks and _has_duplicates(flat, masks, scratch)):
+        if wrong or _has_duplicates(flat, top_k):
             raise _first_fault(chunk, start, num_experts, layers, where)
         touched += chunk.nbytes
         if touched >= RELEASE_BYTES:

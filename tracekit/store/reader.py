@@ -31,6 +31,16 @@ class Block:
     """Runs of consecutive positions: ``row`` (first column of ``ids``), ``request``, ``layer``, ``pos``, ``n``;
     ordered by request, layer, pos."""
 
+    def fits(self, trace: TraceInfo) -> bool:
+        """Return whether ids, rows, requests and layers are within the trace: kernels do not check bounds."""
+        runs, meta = self.runs, trace.meta
+        return bool(
+            (meta.num_experts > np.iinfo(self.ids.dtype).max or self.ids.max(initial=0) < meta.num_experts)
+            and ((runs["row"] + runs["n"]).max(initial=0) <= self.ids.shape[1])
+            and (runs["request"].max(initial=0) < trace.requests)
+            and np.isin(np.unique(runs["layer"]), meta.layers).all()
+        )
+
 
 class Store:
     """A tracekit store. Open one with :func:`tracekit.open`."""
@@ -98,7 +108,8 @@ class Store:
         runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
         rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
         for (segment, part), path in zip(parts, paths, strict=True):
-            expected, frames = segment.parts[part], []
+            expected = segment.parts[part]
+            frames: list[pl.DataFrame] = []
             try:
                 while sum(f.height for f in frames) < expected:  # one row group a part, so this is one batch
                     frames.append(next(rows))
@@ -108,7 +119,12 @@ class Store:
             if ids.shape[1] != expected:
                 raise _unreadable(path, f"it does not have the {expected} rows that the manifest says")
             here = runs[segment.id][(part,)]
-            yield Block(ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")})
+            block = Block(
+                ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
+            )
+            if not block.fits(trace):
+                raise _unreadable(path, "its ids or runs are outside what the manifest says")
+            yield block
 
     def connect(self, variables: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Return a DuckDB connection with the store's views that can read the store and nothing else."""
