@@ -31,7 +31,7 @@ $(VENV)/developed: $(VENV)/python pyproject.toml
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/tracekit ingest sample_traces/olmoe-vllm/responses.jsonl --config sample_traces/olmoe-vllm/config.json \
+	$(BIN)/tracekit ingest sample_traces/olmoe-vllm/responses.jsonl --config sample_traces/olmoe-vllm/config.json --label-fields domain \
 		--name olmoe --store $(DEMO)/store
 	$(BIN)/tracekit ingest sample_traces/synthetic/topical.npz --requests sample_traces/synthetic/topical.requests.json \
 		--label-fields label --name topical --store $(DEMO)/store

@@ -24,14 +24,13 @@
 -- column top_k INTEGER: k, routed experts per token
 with chosen as (
     select *
-    from autocorr
+    from autocorr as w
     where "by" = 'trace' and lag <= coalesce(getvariable('max_lag'), 32)
         and trace = coalesce(getvariable('trace'), trace)
-    qualify phase = coalesce(
-        getvariable('phase'),
-        min(phase) filter (where phase = 'decode') over (partition by trace),
-        min(phase) over (partition by trace)
-    )
+        and phase = coalesce(
+            getvariable('phase'),
+            (select t.default_phase from traces as t where t.trace = w.trace)
+        )
 )
 select
     r.trace,

@@ -20,16 +20,9 @@
 -- column top_share DOUBLE: share of all activations that go to the k most popular experts [fraction]
 -- column sum_p2_over_k DOUBLE: sum over e of p_e^2 / k, the overlap expected of two independent tokens [fraction]
 with scope as (
-    select
-        trace,
-        coalesce(getvariable('phase'), case
-            when sum(n_decode) > 0 then 'decode'
-            when sum(n_tokens::bigint - n_decode) > 0 then 'prefill'
-            else 'all'
-        end) as phase
-    from requests
+    select trace, coalesce(getvariable('phase'), default_phase) as phase
+    from traces
     where trace = coalesce(getvariable('trace'), trace)
-    group by trace
 ),
 choices as (
     select scope.trace, scope.phase, a.layer, a.expert, count(*)::double as n

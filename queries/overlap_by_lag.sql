@@ -18,16 +18,9 @@
 -- column expected_popularity DOUBLE: sum over e of p_e^2 / k, mean over layers [fraction]
 -- column rho DOUBLE: (overlap - expected_popularity) / (1 - expected_popularity), the autocorrelation coefficient
 with scope as (
-    select
-        trace,
-        coalesce(getvariable('phase'), case
-            when sum(n_decode) > 0 then 'decode'
-            when sum(n_tokens::bigint - n_decode) > 0 then 'prefill'
-            else 'all'
-        end) as phase
-    from requests
+    select trace, coalesce(getvariable('phase'), default_phase) as phase
+    from traces
     where trace = coalesce(getvariable('trace'), trace)
-    group by trace
 ),
 positions as (
     select distinct scope.trace, scope.phase, a.request, a.phase as part, a.pos::bigint as pos

@@ -15,16 +15,9 @@
 -- column relative DOUBLE: p_e / (k/N), popularity in units of a perfectly even load [ratio]
 -- column rank INTEGER: 1 is the layer's most popular expert; ties go to the lower id
 with scope as (
-    select
-        trace,
-        coalesce(getvariable('phase'), case
-            when sum(n_decode) > 0 then 'decode'
-            when sum(n_tokens::bigint - n_decode) > 0 then 'prefill'
-            else 'all'
-        end) as phase
-    from requests
+    select trace, coalesce(getvariable('phase'), default_phase) as phase
+    from traces
     where trace = coalesce(getvariable('trace'), trace)
-    group by trace
 ),
 choices as (
     select scope.trace, scope.phase, a.layer, a.expert, count(*) as tokens

@@ -32,17 +32,16 @@
 -- column reduction_request_hi DOUBLE: upper end
 with chosen as (
     select *
-    from windows
+    from windows as w
     where "by" = 'label'
         and overlapping
         and batch_size = 1
         and "window" = coalesce(getvariable('window'), 4)
         and trace = coalesce(getvariable('trace'), trace)
-    qualify phase = coalesce(
-        getvariable('phase'),
-        min(phase) filter (where phase = 'decode') over (partition by trace),
-        min(phase) over (partition by trace)
-    )
+        and phase = coalesce(
+            getvariable('phase'),
+            (select t.default_phase from traces as t where t.trace = w.trace)
+        )
 ),
 sizes as (
     select

@@ -23,16 +23,9 @@
 -- column reduction_uniform DOUBLE: 1 - observed / expected_uniform [fraction]
 -- column reduction_popularity DOUBLE: 1 - observed / expected_popularity [fraction]
 with scope as (
-    select
-        trace,
-        coalesce(getvariable('phase'), case
-            when sum(n_decode) > 0 then 'decode'
-            when sum(n_tokens::bigint - n_decode) > 0 then 'prefill'
-            else 'all'
-        end) as phase
-    from requests
+    select trace, coalesce(getvariable('phase'), default_phase) as phase
+    from traces
     where trace = coalesce(getvariable('trace'), trace)
-    group by trace
 ),
 positions as (
     select distinct scope.trace, scope.phase, a.request, a.phase as part, a.pos::bigint as pos

@@ -85,13 +85,14 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[duckdb.DuckDBPyC
 def by_hand(requests: Sequence[dict[str, Any]], num_experts: int, top_k: int) -> duckdb.DuckDBPyConnection:
     """Return tables with the names and columns of the views that the raw queries read."""
     con = duckdb.connect()
-    con.execute("CREATE TABLE traces (trace VARCHAR, num_experts INTEGER, top_k INTEGER)")
+    con.execute("CREATE TABLE traces (trace VARCHAR, num_experts INTEGER, top_k INTEGER, default_phase VARCHAR)")
     con.execute("CREATE TABLE requests (trace VARCHAR, request UINTEGER, n_tokens UINTEGER, n_decode UINTEGER)")
     con.execute(
         "CREATE TABLE activations (trace VARCHAR, request UINTEGER, layer USMALLINT, pos UINTEGER, phase VARCHAR, "
         "rank UTINYINT, expert USMALLINT, weight FLOAT)"
     )
-    con.execute("INSERT INTO traces VALUES ('t', ?, ?)", [num_experts, top_k])
+    phases = [p for p in ("decode", "prefill") if any(oracle.rows(r, p) for r in requests)]
+    con.execute("INSERT INTO traces VALUES ('t', ?, ?, ?)", [num_experts, top_k, (phases or ["all"])[0]])
     rows = []
     for index, request in enumerate(requests):
         start = request["decode_start"]

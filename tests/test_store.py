@@ -231,6 +231,48 @@ def test_ids_that_were_tampered_with_never_reach_the_kernels(store: tk.Store) ->
         tk.windows(store, intervals=False)
 
 
+@pytest.mark.parametrize("folder", ["layer=7", "request=5", "x=1"])
+def test_a_folder_that_looks_like_a_partition_is_only_a_folder(source: Path, tmp_path: Path, folder: str) -> None:
+    ingest(source, tmp_path / folder / "S", name="t")
+    store = tk.open(tmp_path / folder / "S")
+    assert store.sql("SELECT count(DISTINCT layer) AS n, count(DISTINCT request) AS r FROM routing").row(0) == (2, 3)
+    assert "x" not in store.sql("SELECT * FROM requests").columns
+
+
+def test_what_a_killed_commit_leaves_is_swept(source: Path, tmp_path: Path) -> None:
+    root = tmp_path / "S"
+    root.mkdir()
+    (root / f"{manifest.TEMPORARY}manifest.json.1").write_text("{")
+    assert ingest(source, root, name="t").requests == 3
+    assert sorted(p.name for p in root.iterdir()) == [".lock", "manifest.json", "segments"]
+
+
+def test_a_broken_result_is_not_read(store: tk.Store) -> None:
+    first = tk.windows(store, max_window=2, intervals=False)
+    for result in (store.path / "results").iterdir():
+        result.write_bytes(b"")
+    assert store.sql("SELECT * FROM windows").is_empty()
+    assert tk.windows(store, max_window=2, intervals=False).equals(first)
+
+
+def test_result_views_follow_the_seed_and_the_intervals_asked_for(tmp_path: Path) -> None:
+    ingest(npz(tmp_path / "many.npz", requests=230), tmp_path / "S", name="t")
+    store = tk.open(tmp_path / "S")
+    for seed in (2, 1):
+        tk.windows(store, max_window=2, seed=seed)
+    tk.windows(store, max_window=2, intervals=False)
+    wanted = tk.windows(store, max_window=2, seed=2)["observed_lo"].to_list()
+    statement = 'SELECT observed_lo FROM windows ORDER BY "window"'
+    assert store.sql(statement, {"seed": 2})["observed_lo"].to_list() == wanted
+    assert store.sql(statement, {"intervals": False})["observed_lo"].to_list() == [None, None]
+
+
+def test_types_that_a_frame_cannot_hold_are_refused(store: tk.Store) -> None:
+    with pytest.raises(QueryError, match="INTERVAL"):
+        store.sql("SELECT interval 1 day AS i")
+    assert store.sql("SELECT (interval 1 day)::VARCHAR AS i")["i"].to_list() == ["1 day"]
+
+
 def test_unknown_traces_are_suggested(store: tk.Store, source: Path) -> None:
     ingest(source, store.path, name="second")
     with pytest.raises(StoreError, match="Did you mean 'second'"):

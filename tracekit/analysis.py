@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -59,7 +60,9 @@ def _want_windows(
 ) -> _Wanted:
     import polars as pl
 
-    sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
+    sizes = [operator.index(b) for b in (batch_size if isinstance(batch_size, Iterable) else [batch_size])]
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"batch sizes {sizes}", expected="whole numbers from 1 on")
     batches = max(sizes, default=1) > 1
     spec = Spec(phase, max_window=max_window, overlapping=overlapping, batches=batches, **common)
     key = {"max_window": max_window, "batch_size": sizes, "overlapping": overlapping, **common}
@@ -170,7 +173,9 @@ def _warn(requests: pl.DataFrame, spec: Spec) -> None:
 def _shown(frame: pl.DataFrame, by: By | None, *also: str) -> pl.DataFrame:
     """Leave out the columns that say how a row was grouped, but for the group itself."""
     groups = {"layer": "layer", "label": "label", "request_id": "request"}
-    return frame.drop("by", *(column for column, name in groups.items() if name != by and column not in also))
+    return frame.drop(
+        "by", "intervals", "seed", *(column for column, name in groups.items() if name != by and column not in also)
+    )
 
 
 def measure(

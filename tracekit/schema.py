@@ -17,6 +17,7 @@ IdSpace = Literal["logical", "physical", "unknown"]
 By = Literal["layer", "label", "request"]
 
 PHASES: tuple[Phase, ...] = ("decode", "prefill", "all")
+GROUPINGS: tuple[By, ...] = ("layer", "label", "request")
 BASELINES = ("uniform", "popularity", "label", "request")
 CAUSES = ("popularity", "label", "request", "token_order")
 

@@ -12,13 +12,17 @@ from tracekit.metrics.ladder import RUNGS
 from tracekit.schema import CAUSES
 
 
-def telescope(rungs: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
+def telescope(rungs: dict[str, NDArray[np.float64]], judged: bool = True, enough: bool = True) -> list[dict[str, Any]]:
     """Split the drop from ``uniform`` to observed into causes.
 
     Parameters
     ----------
     rungs
         Unique experts under each rung of the ladder, ``[replicates]`` each, plain estimate first.
+    judged
+        Whether intervals were asked for: then a label without one is not resolved.
+    enough
+        Whether there are enough requests for an interval.
 
     Returns
     -------
@@ -27,16 +31,18 @@ def telescope(rungs: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
     from popularity. Shares are left out where the interval of the whole drop includes 0.
     """
     total = rungs["uniform"] - rungs["observed"]
-    total_interval = jackknife(total[:, None])
+    some = np.array([enough])
+    total_interval = jackknife(total[:, None]).where(some)
     shares_defined = not bool(total_interval.contains(0.0)[0]) and total[0] != 0
 
     def share_of(drop: NDArray[np.float64]) -> Interval:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return jackknife((drop / total)[:, None])
+            return jackknife((drop / total)[:, None]).where(some)
 
     label_share = share_of(rungs["popularity"] - rungs["label"])
     ordered = bool(rungs["popularity"][0] >= rungs["label"][0] >= rungs["request"][0])
-    has_label = ordered and _trusted(label_share) and not bool(label_share.contains(0.0)[0])
+    decided = not judged or not np.isnan(label_share.lo[0])
+    has_label = ordered and decided and _trusted(label_share) and not bool(label_share.contains(0.0)[0])
     path = [name for name in RUNGS if name != "label" or has_label]
     rows = []
     for cause, rung in zip(CAUSES, RUNGS[1:], strict=True):

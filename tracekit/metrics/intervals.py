@@ -24,6 +24,11 @@ class Interval:
     hi: NDArray[np.float64]
     bias: NDArray[np.float64]
 
+    def where(self, enough: NDArray[np.bool_]) -> Interval:
+        """Return it without the interval where there is not enough to rest one on."""
+        lo, hi, bias = (np.where(enough, value, np.nan) for value in (self.lo, self.hi, self.bias))
+        return Interval(self.estimate, lo, hi, bias)
+
     def contains(self, value: Any) -> NDArray[np.bool_]:
         """Return where the interval contains a value; False where there is no interval."""
         return np.asarray((self.lo <= value) & (value <= self.hi))

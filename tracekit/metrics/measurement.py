@@ -14,7 +14,7 @@ from tracekit.metrics.intervals import Interval, jackknife
 from tracekit.metrics.ladder import ladder
 from tracekit.metrics.load import balance
 from tracekit.metrics.replicates import Replicates, layer_mean
-from tracekit.metrics.state import Accumulator, Spec
+from tracekit.metrics.state import MIN_REQUESTS, Accumulator, Spec
 from tracekit.schema import BASELINES, TraceMeta
 
 if TYPE_CHECKING:
@@ -56,11 +56,14 @@ class Measurement:
         batch_sizes = _batch_sizes(batch_sizes)
         rows: list[dict[str, Any]] = []
         for r, groups in self._groups():
-            ladders = {b: ladder(r, b, self._drawable(r.group)) for b in batch_sizes}
+            drawable = self._drawable(r.group, self.spec.max_window)
+            ladders = {b: ladder(r, b, drawable) for b in batch_sizes}
             n_windows = r.state.n_windows[r.members].sum(axis=0)
             for group, layers in groups:
                 for b in batch_sizes:
-                    columns = self._window_columns({name: layer_mean(v, layers) for name, v in ladders[b].items()})
+                    columns = self._window_columns(
+                        {name: layer_mean(v, layers) for name, v in ladders[b].items()}, drawable >= MIN_REQUESTS
+                    )
                     columns["n_windows"] = n_windows[layers].max(axis=0)
                     rows += [
                         {**group, "batch_size": b, "window": t} | {c: v[t - 1].item() for c, v in columns.items()}
@@ -68,22 +71,24 @@ class Measurement:
                     ]
         return self._frame("windows", rows)
 
-    def _drawable(self, group: int) -> NDArray[np.int64]:
-        """Return the requests of a group that have a window of length 1 .. T, ``[T]``."""
+    def _drawable(self, group: int, longest: int) -> NDArray[np.int64]:
+        """Return the requests of a group that have 1 .. ``longest`` consecutive tokens, ``[longest]``."""
         active = self.cells.cell >= 0
         mine = active & (self.cells.cell_group[np.where(active, self.cells.cell, 0)] == group)
-        lengths = np.arange(1, self.spec.max_window + 1)
+        lengths = np.arange(1, longest + 1)
         return np.asarray((self._longest_run[mine, None] >= lengths).sum(axis=0))
 
-    def _window_columns(self, rungs: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[Any]]:
+    def _window_columns(
+        self, rungs: dict[str, NDArray[np.float64]], enough: NDArray[np.bool_]
+    ) -> dict[str, NDArray[Any]]:
         """Return the columns of one group and batch size, ``[T]`` each, from rungs ``[replicates, T]``."""
         observed = rungs["observed"]
-        columns = _columns("observed", jackknife(observed))
+        columns = _columns("observed", jackknife(observed).where(enough))
         columns["per_top_k"] = observed[0] / self.meta.top_k
         for name in BASELINES:
             columns[f"expected_{name}"] = rungs[name][0]
             with np.errstate(invalid="ignore", divide="ignore"):
-                reduction = jackknife(1 - observed / rungs[name])
+                reduction = jackknife(1 - observed / rungs[name]).where(enough)
             columns |= _columns(f"reduction_{name}", reduction, bias=True)
         return columns
 
@@ -99,6 +104,7 @@ class Measurement:
             counts = r.counts()[:1]
             with np.errstate(invalid="ignore", divide="ignore"):
                 popularity = (np.square(counts / r.tokens(counts)[..., None]).sum(axis=-1) / k)[..., None]
+            enough = self._drawable(r.group, self.spec.max_lag + 1)[1:] >= MIN_REQUESTS
             pairs = r.total(s.n_pairs)[:1]
             pair_counts = r.total(s.overlap_counts)[:1]
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -113,7 +119,7 @@ class Measurement:
                 by_request = layer_mean(request, layers)[0]
                 columns: dict[str, NDArray[Any]] = {
                     "n_pairs": pairs[0, layers].max(axis=0),
-                    **_columns("overlap", jackknife(mean)),
+                    **_columns("overlap", jackknife(mean).where(enough)),
                     "expected_uniform": np.full_like(by_request, k / self.meta.num_experts),
                     "expected_popularity": by_popularity,
                     "expected_request": by_request,
@@ -134,9 +140,12 @@ class Measurement:
         rows: list[dict[str, Any]] = []
         for r, groups in self._groups():
             rungs = ladder(r)
+            enough = self._drawable(r.group, window)[-1] >= MIN_REQUESTS
             for group, layers in groups:
                 means = {name: layer_mean(v, layers)[:, window - 1] for name, v in rungs.items()}
-                rows += [{**group, "window": window} | row for row in telescope(means)]
+                rows += [
+                    {**group, "window": window} | row for row in telescope(means, self.spec.intervals, bool(enough))
+                ]
         return self._frame("attribution", rows)
 
     def load(self) -> pl.DataFrame:
@@ -162,7 +171,8 @@ class Measurement:
 
         from tracekit.store import results
 
-        fixed = {"phase": self.spec.phase, "by": self.spec.by or "trace", "overlapping": self.spec.overlapping}
+        names = ("phase", "overlapping", "intervals", "seed")
+        fixed = {"by": self.spec.by or "trace"} | {name: getattr(self.spec, name) for name in names}
         schema = {name: getattr(pl, kind_) for name, kind_ in results.columns(kind).items()}
         frame = pl.DataFrame([fixed | row for row in rows], schema=schema)
         return frame.with_columns(pl.col(pl.Float64).fill_nan(None))

@@ -6,7 +6,8 @@ group of one output group, so that leaving out a group is a subtraction.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import UnsupportedError, UsageError
-from tracekit.schema import By, Phase, TraceMeta
+from tracekit.schema import GROUPINGS, PHASES, By, Phase, TraceMeta
 
 if TYPE_CHECKING:
     import polars as pl
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tracekit.store import Block
 
 MAX_GROUPS = 200
-"""Jackknife groups at most; more requests than that are grouped by a hash of their id."""
+"""Jackknife groups at most; more requests than that are dealt out in the order of a hash of their ids."""
 
 MIN_REQUESTS = 5
 """Requests below which there is no interval."""
@@ -54,6 +55,15 @@ class Spec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise UsageError(f"phase {self.phase!r}", expected="one of " + ", ".join(PHASES))
+        if self.by not in (None, *GROUPINGS):
+            raise UsageError(f"by {self.by!r}", expected="one of " + ", ".join(GROUPINGS))
+        for name in ("max_window", "max_lag", "seed"):
+            try:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            except TypeError:
+                raise UsageError(f"{name} = {getattr(self, name)!r}", expected="a whole number") from None
         if self.max_window < 1:
             raise UsageError(f"a longest window of {self.max_window} tokens", expected="at least 1")
         if self.max_lag < 0:
@@ -122,7 +132,8 @@ class Cells:
                 if size <= MAX_GROUPS:
                     jackknife[members] = np.arange(size)
                 else:
-                    jackknife[members] = [_hash(ids[i], spec.seed) % MAX_GROUPS for i in members]
+                    order = sorted(members, key=lambda i: _hash(ids[i], spec.seed))
+                    jackknife[order] = np.arange(size) % MAX_GROUPS
         cell, cell_keys = _index(np.stack([group_of, jackknife], axis=1), active)
         # With one output group a request, counts are needed by label only: popularity is the whole trace's.
         fine = np.zeros_like(cell) if spec.by == "request" else cell
@@ -159,6 +170,8 @@ def resolve_phase(requests: pl.DataFrame, phase: Phase | None) -> Phase:
     """
     if phase == "all":
         return phase
+    if phase is not None and phase not in PHASES:
+        raise UsageError(f"phase {phase!r}", expected="one of " + ", ".join(PHASES))
     known = requests["n_decode"].null_count() < requests.height
     has = {p: known and bool((phase_tokens(requests, p) > 0).any()) for p in ("decode", "prefill")}
     if phase is None:
@@ -187,8 +200,8 @@ def caveats(requests: pl.DataFrame, spec: Spec) -> list[str]:
     return notes
 
 
-def _hash(request_id: str, seed: int) -> int:
-    return zlib.crc32(f"{seed}:{request_id}".encode())
+def _hash(request_id: str, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
 
 
 def _index(keys: NDArray[np.int64], active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -178,11 +178,18 @@ def query(
     """
     store = as_store(store)
     prepare(store, name, params, intervals=intervals, seed=seed)
-    return run(store, name, params)
+    return run(store, name, params, intervals=intervals, seed=seed)
 
 
-def run(store: Store, name: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+def run(
+    store: Store, name: str, params: Mapping[str, Any] | None = None, *, intervals: bool = True, seed: int = 0
+) -> pl.DataFrame:
     """Run a query of the library over what the store holds now; nothing is computed first.
+
+    Parameters
+    ----------
+    intervals, seed
+        Which of several results to read, where a metric was computed in several ways.
 
     Raises
     ------
@@ -195,7 +202,7 @@ def run(store: Store, name: str, params: Mapping[str, Any] | None = None) -> pl.
     values = found.bind(params or {})
     if "trace" in values:
         store.trace(str(values["trace"]))
-    return store.sql(found.sql, values)
+    return store.sql(found.sql, values | {"intervals": intervals, "seed": seed})
 
 
 def prepare(store: Store, name: str, params: Mapping[str, Any] | None = None, **options: Any) -> None:

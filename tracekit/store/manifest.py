@@ -27,11 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from tracekit.errors import StoreError
-from tracekit.schema import SCHEMA_VERSION, TraceMeta
+from tracekit.schema import SCHEMA_VERSION, Phase, TraceMeta
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 RESULTS = "results"
+VERSION = 1
+"""Version of the results, part of their names: raise it when a metric's numbers change."""
+TEMPORARY = ".writing-"
+"""Prefix of files that are being written."""
 _FORMAT = "tracekit-store"
 
 
@@ -47,6 +51,9 @@ class Segment:
     rows: int
     parts: tuple[int, ...]
     """Rows of each part file."""
+    decode_tokens: int = 0
+    prefill_tokens: int = 0
+    """Tokens whose phase is known."""
     has_weights: bool = False
     has_token_ids: bool = False
     sources: tuple[str, ...] = ()
@@ -78,6 +85,13 @@ class TraceInfo:
     def rows(self) -> int:
         """Routing rows: tokens times MoE layers."""
         return sum(s.rows for s in self.segments)
+
+    @property
+    def default_phase(self) -> Phase:
+        """The phase that is measured unless another is asked for: decode where it is known, else what there is."""
+        if any(s.decode_tokens for s in self.segments):
+            return "decode"
+        return "prefill" if any(s.prefill_tokens for s in self.segments) else "all"
 
     @property
     def content(self) -> str:
@@ -149,7 +163,7 @@ def write_manifest(root: Path, traces: list[TraceInfo]) -> None:
         "tracekit": __version__,
         "traces": [asdict(trace) for trace in traces],
     }
-    temporary = root / f".{MANIFEST}.{os.getpid()}"
+    temporary = root / f"{TEMPORARY}{MANIFEST}.{os.getpid()}"
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
@@ -183,12 +197,14 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def sweep(root: Path, traces: list[TraceInfo]) -> None:
-    """Delete what no listed trace uses: unfinished or replaced segments, and results of other content."""
+    """Delete what no listed trace uses: unfinished or replaced segments and files, results of other content."""
+    for unfinished in [*root.glob(f"{TEMPORARY}*"), *(root / RESULTS).glob(f"{TEMPORARY}*")]:
+        unfinished.unlink(missing_ok=True)
     listed = {segment.id for trace in traces for segment in trace.segments}
     for directory in (root / SEGMENTS).glob("*"):
         if directory.name not in listed:
             shutil.rmtree(directory, ignore_errors=True)
     contents = {trace.content for trace in traces}
     for result in (root / RESULTS).glob("*.parquet"):
-        if not any(f"-{content}-" in result.name for content in contents):
+        if not any(result.match(f"*-{VERSION}-{content}-*") for content in contents):
             result.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import StoreError
+from tracekit.schema import id_dtype
 from tracekit.store import views
 from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest
 
@@ -34,8 +35,11 @@ class Block:
     def fits(self, trace: TraceInfo) -> bool:
         """Return whether ids, rows, requests and layers are within the trace: kernels do not check bounds."""
         runs, meta = self.runs, trace.meta
+        dtype = id_dtype(meta.num_experts)
         return bool(
-            (meta.num_experts > np.iinfo(self.ids.dtype).max or self.ids.max(initial=0) < meta.num_experts)
+            self.ids.dtype == dtype
+            and (meta.num_experts > np.iinfo(dtype).max or self.ids.max(initial=0) < meta.num_experts)
+            and min(column.min(initial=0) for column in runs.values()) >= 0
             and ((runs["row"] + runs["n"]).max(initial=0) <= self.ids.shape[1])
             and (runs["request"].max(initial=0) < trace.requests)
             and np.isin(np.unique(runs["layer"]), meta.layers).all()
@@ -88,7 +92,13 @@ class Store:
         """Return the trace's requests, in order: the columns of the ``requests`` view without ``trace``."""
         import polars as pl
 
-        return pl.concat([self._read(s, "requests.parquet") for s in trace.segments])
+        frames = [self._read(s, "requests.parquet") for s in trace.segments]
+        for segment, frame in zip(trace.segments, frames, strict=True):
+            if frame.height != segment.requests:
+                raise _unreadable(
+                    self._path(segment, "requests.parquet"), f"{frame.height} of {segment.requests} requests"
+                )
+        return pl.concat(frames)
 
     def blocks(self, trace: TraceInfo) -> Iterator[Block]:
         """Yield the trace's routing rows part by part; the next is made ready while one is worked on."""
@@ -118,7 +128,9 @@ class Store:
             ids = np.concatenate([np.stack([f[c].to_numpy() for c in columns]) for f in frames], axis=1)
             if ids.shape[1] != expected:
                 raise _unreadable(path, f"it does not have the {expected} rows that the manifest says")
-            here = runs[segment.id][(part,)]
+            here = runs[segment.id].get((part,))
+            if here is None:
+                raise _unreadable(path, "runs.parquet says nothing of it")
             block = Block(
                 ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
             )
@@ -169,4 +181,8 @@ class Store:
 
 
 def _unreadable(path: Path, reason: object) -> StoreError:
-    return StoreError(f"cannot be read ({reason})", where=str(path), remedy="Ingest the trace again with --force")
+    return StoreError(
+        f"cannot be read ({reason})",
+        where=str(path),
+        remedy="If the trace was replaced meanwhile, try again; if not, ingest it again with --force",
+    )

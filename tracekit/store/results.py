@@ -1,7 +1,7 @@
 """Results that the kernels computed, kept beside the trace they belong to.
 
-One Parquet file a result: ``results/KIND-CONTENT-PARAMETERS.parquet``, where CONTENT is the digest of the trace and
-PARAMETERS one of everything else the numbers depend on. A result is therefore never stale, only unused.
+One Parquet file a result: ``results/KIND-VERSION-CONTENT-PARAMETERS.parquet``, where CONTENT is the digest of the trace
+and PARAMETERS one of everything else the numbers depend on. A result is therefore never stale, only unused.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracekit.store.manifest import RESULTS, TraceInfo
+from tracekit.store.manifest import RESULTS, TEMPORARY, VERSION, TraceInfo
 
 if TYPE_CHECKING:
     import polars as pl
-
-VERSION = 1
-"""Part of every key: raise it when a metric's numbers change."""
 
 _GROUP = {"layer": "UInt16", "label": "String", "request_id": "String"}
 _INTERVAL = ("", "_lo", "_hi")
@@ -29,7 +27,7 @@ _BASELINES = ("uniform", "popularity", "label", "request")
 
 def columns(kind: str) -> dict[str, str]:
     """Return the columns of a result view after ``trace``, with the names of their Polars types."""
-    common = {"phase": "String", "by": "String", **_GROUP}
+    common = {"phase": "String", "by": "String", **_GROUP, "intervals": "Boolean", "seed": "Int64"}
     number = "Float64"
     measured: dict[str, dict[str, str]] = {
         "windows": {
@@ -70,17 +68,17 @@ KINDS = ("windows", "autocorr", "attribution", "load")
 KEYS: dict[str, tuple[str, ...]] = {
     "windows": ("overlapping", "batch_size", "window"),
     "autocorr": ("lag",),
-    "attribution": ("window", "cause"),
+    "attribution": ("window",),
     "load": (),
 }
-"""Columns that, with trace, phase, by and the group, make up the key of a row."""
+"""Columns that, with trace, phase, by and the group, name what was measured once: rows that belong together."""
 
 
 def path(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> Path:
     """Return where the result for these parameters is or would be."""
-    text = json.dumps([VERSION, dict(parameters)], sort_keys=True)
+    text = json.dumps(dict(parameters), sort_keys=True)
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return root / RESULTS / f"{kind}-{trace.content}-{key}.parquet"
+    return root / RESULTS / f"{kind}-{VERSION}-{trace.content}-{key}.parquet"
 
 
 def load(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> pl.DataFrame | None:
@@ -98,11 +96,13 @@ def save(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any],
     import polars as pl
 
     target = path(root, kind, trace, parameters)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     with contextlib.suppress(OSError, pl.exceptions.PolarsError):
         target.parent.mkdir(exist_ok=True)
         try:
             frame.write_parquet(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -110,5 +110,10 @@ def save(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any],
 
 def saved(root: Path, kind: str, trace: TraceInfo) -> list[Path]:
     """Return the files with results of this kind for the trace as it is now, oldest first."""
-    files = (root / RESULTS).glob(f"{kind}-{trace.content}-*.parquet")
-    return sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name))
+    ages = []
+    for file in (root / RESULTS).glob(f"{kind}-{VERSION}-{trace.content}-*.parquet"):
+        with contextlib.suppress(OSError), file.open("rb") as stream:
+            stream.seek(-4, os.SEEK_END)
+            if stream.read() == b"PAR1":  # whole to its end
+                ages.append((os.fstat(stream.fileno()).st_mtime_ns, file))
+    return [file for _, file in sorted(ages)]

@@ -41,8 +41,10 @@ def quote(value: object) -> str:
     return f"'{text}'"
 
 
-def _files(paths: list[Path]) -> str:
-    return "[" + ", ".join(quote(_glob_escaped(p)) for p in paths) + "]"
+def _parquet(paths: list[Path]) -> str:
+    """Return the table function that reads the files, and reads nothing into the names of their folders."""
+    files = ", ".join(quote(_glob_escaped(p)) for p in paths)
+    return f"read_parquet([{files}], union_by_name = true, hive_partitioning = false)"
 
 
 def _glob_escaped(path: Path) -> str:
@@ -95,6 +97,7 @@ def _traces(traces: list[TraceInfo]) -> str:
         "id_space": "VARCHAR",
         "router_order": "BOOLEAN",
         "drafts_included": "BOOLEAN",
+        "default_phase": "VARCHAR",
         "content": "VARCHAR",
         "created": "VARCHAR",
     }
@@ -103,7 +106,7 @@ def _traces(traces: list[TraceInfo]) -> str:
         values = {
             "trace": trace.name,
             "moe_layers": len(trace.meta.layers),
-            **{n: getattr(trace, n) for n in ("requests", "tokens", "rows", "content", "created")},
+            **{n: getattr(trace, n) for n in ("requests", "tokens", "rows", "default_phase", "content", "created")},
         }
         items = (
             f'{quote(values[name] if name in values else getattr(trace.meta, name))}::{sql} AS "{name}"'
@@ -115,8 +118,8 @@ def _traces(traces: list[TraceInfo]) -> str:
 
 def _requests(root: Path, traces: list[TraceInfo]) -> str:
     selects = [
-        f"SELECT {quote(t.name)} AS trace, * FROM read_parquet("
-        f"{_files([root / SEGMENTS / s.id / 'requests.parquet' for s in t.segments])})"
+        f"SELECT {quote(t.name)} AS trace, * FROM "
+        f"{_parquet([root / SEGMENTS / s.id / 'requests.parquet' for s in t.segments])}"
         for t in traces
     ]
     columns = {
@@ -142,7 +145,7 @@ _ROW = {
 
 def _parts(root: Path, trace: TraceInfo) -> str:
     paths = [root / SEGMENTS / s.id / part_name(i) for s in trace.segments for i in range(len(s.parts))]
-    return f"read_parquet({_files(paths)}, union_by_name = true)"
+    return _parquet(paths)
 
 
 def _routing(root: Path, traces: list[TraceInfo]) -> str:
@@ -172,7 +175,7 @@ def _tokens(root: Path, traces: list[TraceInfo]) -> str:
     for t in traces:
         paths = [root / SEGMENTS / s.id / "tokens.parquet" for s in t.segments if s.has_token_ids]
         if paths:
-            selects.append(f"SELECT {quote(t.name)} AS trace, * FROM read_parquet({_files(paths)})")
+            selects.append(f"SELECT {quote(t.name)} AS trace, * FROM {_parquet(paths)}")
     columns = {"trace": "VARCHAR", "request": "UINTEGER", "pos": "UINTEGER", "token_id": "BIGINT"}
     return _union(selects, _empty(columns))
 
@@ -181,19 +184,22 @@ def _result(root: Path, traces: list[TraceInfo], kind: str) -> str:
     columns = {"trace": "VARCHAR", **{c: _SQL_TYPES[t] for c, t in results.columns(kind).items()}}
     names = ", ".join(f'"{c}"' for c in columns)
     selects = [
-        f"SELECT {quote(t.name)} AS trace, *, {age} AS computed FROM read_parquet({_files([path])})"
+        f"SELECT {quote(t.name)} AS trace, *, {age} AS computed FROM {_parquet([path])}"
         for t in traces
         for age, path in enumerate(results.saved(root, kind, t))
     ]
     if not selects:
         return _empty(columns)
     key = ", ".join(f'"{c}"' for c in ("trace", "phase", "by", "layer", "label", "request_id", *results.KEYS[kind]))
-    # Two runs may have computed the same row, one of them without intervals: keep one, with intervals if there are any.
-    best = {"windows": "observed_lo IS NULL, ", "autocorr": "overlap_lo IS NULL, ", "attribution": "share_lo IS NULL, "}
+    # The same may have been computed several times: with and without intervals, with another seed, in a longer run.
+    best = (
+        "(\"intervals\" = coalesce(getvariable('intervals'), true)) DESC, "
+        "(\"seed\" = coalesce(getvariable('seed'), 0)) DESC, computed DESC"
+    )
     return (
         f"SELECT {names} FROM (\n"
         + "\nUNION ALL BY NAME\n".join(selects)
-        + f"\n)\nQUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {best.get(kind, '')}computed DESC) = 1"
+        + f"\n)\nQUALIFY rank() OVER (PARTITION BY {key} ORDER BY {best}) = 1"
     )
 
 
@@ -214,18 +220,25 @@ def connect(
     import duckdb
 
     con = duckdb.connect()
-    # Larger than memory is the normal case; what does not fit is spilled to a private directory.
-    con.execute("SET temp_directory = ?", [_spill_directory()])
-    con.execute(script(root, traces))
-    for name, value in (variables or {}).items():
-        if not name.isidentifier():
-            raise QueryError(f"{name!r} is not a variable name")
-        con.execute(f'SET VARIABLE "{name}" = {quote(value)}')
-    # A pattern is held against the directories as it is written, so a root with glob characters is listed twice.
-    directories = {root.as_posix() + "/", _glob_escaped(root) + "/"}
-    con.execute("SET allowed_directories = [" + ", ".join(map(quote, sorted(directories))) + "]")
-    con.execute("SET enable_external_access = false")
-    con.execute("SET lock_configuration = true")
+    try:
+        # Larger than memory is the normal case; what does not fit is spilled to a private directory.
+        con.execute("SET temp_directory = ?", [_spill_directory()])
+        con.execute(script(root, traces))
+        for name, value in (variables or {}).items():
+            if not name.isidentifier():
+                raise QueryError(f"{name!r} is not a variable name")
+            con.execute(f'SET VARIABLE "{name}" = {quote(value)}')
+        # A pattern is held against the directories as it is written, so a root with glob characters is listed twice.
+        directories = {root.as_posix() + "/", _glob_escaped(root) + "/"}
+        con.execute("SET allowed_directories = [" + ", ".join(map(quote, sorted(directories))) + "]")
+        con.execute("SET enable_external_access = false")
+        con.execute("SET lock_configuration = true")
+    except duckdb.Error as error:
+        con.close()
+        raise QueryError(f"the store cannot be read: {error}", where=str(root)) from None
+    except QueryError:
+        con.close()
+        raise
     return con
 
 
@@ -235,6 +248,9 @@ def _spill_directory() -> str:
     directory = tempfile.mkdtemp(prefix="tracekit-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
+
+
+_NO_POLARS_TYPE = ("INTERVAL", "TIME_NS", "TIMETZ", "TIME WITH TIME ZONE", "UNION(", "MAP(", "BIT", "BIGNUM", "VARINT")
 
 
 def run(con: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:
@@ -258,6 +274,11 @@ def run(con: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:
             )
         # As the body of a view, a statement cannot write: COPY, EXPLAIN ANALYZE and data-changing WITH are refused.
         con.execute(f"CREATE OR REPLACE TEMP VIEW tracekit_query AS {statements[0].query}")
+        types = {row[0]: row[1] for row in con.execute("DESCRIBE tracekit_query").fetchall()}
+        foreign = [name for name, kind in types.items() if any(word in kind for word in _NO_POLARS_TYPE)]
+        if foreign:
+            found = f"column {foreign[0]!r} is of type {types[foreign[0]]}, which a data frame cannot hold"
+            raise QueryError(found, remedy="Cast it in the SELECT, for example to VARCHAR")
         return pl.DataFrame(pl.scan_arrow_c_stream(con.sql("SELECT * FROM tracekit_query")).collect())
     except (duckdb.Error, pl.exceptions.PolarsError) as error:
         raise QueryError(f"SQL failed: {error}") from None

@@ -25,6 +25,7 @@ from tracekit.sources.config import load_config
 from tracekit.store.manifest import (
     MANIFEST,
     SEGMENTS,
+    TEMPORARY,
     Segment,
     TraceInfo,
     locked,
@@ -207,15 +208,15 @@ def _writable_store(root: Path) -> Iterator[list[TraceInfo]]:
     if not created and not (root / MANIFEST).exists():
         if not root.is_dir():
             raise StoreError("is a file, not a store", where=str(root), expected="a directory")
-        if any(entry.name not in (SEGMENTS, ".lock") for entry in root.iterdir()):
+        ours = (SEGMENTS, ".lock")  # what an ingest that was killed leaves behind
+        if any(entry.name not in ours and not entry.name.startswith(TEMPORARY) for entry in root.iterdir()):
             raise StoreError(
                 "is not empty and is not a tracekit store", where=str(root), remedy="Choose another --store directory"
             )
-        created = True
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root):
-            traces = [] if created else read_manifest(root)
+            traces = read_manifest(root) if (root / MANIFEST).exists() else []
             try:
                 yield traces
             finally:
@@ -432,6 +433,8 @@ class _SegmentWriter:
             tokens=self.tokens,
             rows=sum(self._parts),
             parts=tuple(self._parts),
+            decode_tokens=sum(row["n_decode"] or 0 for row in self._request_rows),
+            prefill_tokens=sum(r["n_tokens"] - r["n_decode"] for r in self._request_rows if r["n_decode"] is not None),
             has_weights=self._has_weights,
             has_token_ids=bool(self._token_ids),
             sources=tuple(sources),
@@ -450,8 +453,10 @@ class _SegmentWriter:
 
     def _buffer(self, rows: int) -> NDArray[Any]:
         """Return a buffer ``[k, >= rows]`` for a part's ids."""
-        if self._spare and self._spare[-1].shape[1] >= rows:
-            return self._spare.pop()
+        with contextlib.suppress(IndexError):  # writers put buffers back at any time
+            buffer = self._spare.pop()
+            if buffer.shape[1] >= rows:
+                return buffer
         return np.empty((self.meta.top_k, rows), id_dtype(self.meta.num_experts))
 
     def _flush(self) -> None:
