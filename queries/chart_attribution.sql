@@ -13,8 +13,8 @@
 -- column cause VARCHAR: popularity, label, request or token_order
 -- column unique_before DOUBLE: unique experts expected without the cause [experts]
 -- column unique_after DOUBLE: unique experts with it; the last is the trace as observed [experts]
--- column drop DOUBLE: unique_before - unique_after; 0 where not resolved [experts]
--- column share DOUBLE: drop / total drop from uniform to observed [fraction]; null where not resolved
+-- column drop DOUBLE: unique_before - unique_after; 0 for a label that is not resolved [experts]
+-- column share DOUBLE: drop / total drop from uniform to observed [fraction]; null for a label that is not resolved, or without a drop
 -- column share_lo DOUBLE: lower end of its 95 % interval; null without one
 -- column share_hi DOUBLE: upper end
 -- column resolved BOOLEAN: the trace is enough to tell this cause's share from nothing

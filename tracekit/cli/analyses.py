@@ -78,8 +78,8 @@ def attribution(store: Path, out: Output, **options: Any) -> None:
     """Split the drop in unique experts into its causes.
 
     The drop is that below uniform routing. The causes: skewed experts (popularity), the domain (label), the topic
-    (request), and the order of the tokens, which alone is temporal correlation. An unresolved cause is one that the
-    data cannot tell from none.
+    (request), and the order of the tokens, which alone is temporal correlation. A cause is unresolved
+    where its interval leaves out the estimate, and a label also where the data cannot tell it from none.
     """
     import tracekit as tk
 

@@ -271,7 +271,7 @@ def attribution(frame: pl.DataFrame) -> Chart:
     data = [step for title, rows in panels for step in _steps(title, rows)]
     notes = ["drop in unique experts = share of the whole drop (its 95 % interval)"]
     if not frame["resolved"].all():
-        notes.append("not resolved: the interval includes 0 or leaves out the estimate, or the rungs are out of order")
+        notes.append("not resolved: the interval leaves out the estimate, or the data cannot tell the label from none")
     lengths = ", ".join(str(n) for n in frame["window"].unique().sort())
     return _waterfall(
         data,

@@ -143,7 +143,7 @@ def _autocorr(frame: pl.DataFrame) -> Iterator[Block]:
 def _attribution(frame: pl.DataFrame) -> Iterator[Block]:
     by = _group_column(frame)
     for title, rows in _parts(frame, ["trace", "phase", *([by] if by else []), "window"]):
-        # An unresolved cause has no share of its own; its drop went to the next one.
+        # An unresolved label has no share of its own; its drop went to the request.
         shares = [number(scale(row["share"], 100), _half(row, "share", 100)) for row in rows]
         columns = [
             Column("cause", [_text(row["cause"]).replace("_", " ") for row in rows], right=False),
