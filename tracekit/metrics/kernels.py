@@ -306,6 +306,10 @@ def _scan_run(
     carry_scratch: Any,
     tables: Any,
     seen: Any,
+    lags: Any,
+    used: Any,
+    head: Any,
+    tail: Any,
 ) -> None:
     """Add one run's window unions and lag overlaps.
 
@@ -321,7 +325,7 @@ def _scan_run(
         ``[D]`` int64: pairs at lag d whose rank-0 expert is the same; or empty.
     counts
         ``[N]`` int64: grows by the uses of each expert.
-    word_scratch, plane_scratch, carry_scratch, tables, seen
+    word_scratch, plane_scratch, carry_scratch, tables, seen, lags, used, head, tail
         Scratch: for a chunk of tokens the history words (``k * W`` uint64), their sum (``P * W``) and one row (``W``).
     """
     k = ids.shape[0]
@@ -331,10 +335,9 @@ def _scan_run(
     n_planes = plane_scratch.shape[0] // carry_scratch.shape[0]
     tables[:] = 0
     no_counts = counts[:0]
-    lags = np.zeros(bits, np.int64)
-    used = np.zeros(max_window, np.int64)
-    head = np.zeros(max_window, np.int64)
-    tail = np.zeros((max_window, max_window), np.int64)  # all three stay 0 unless windows overlap
+    used[:] = 0  # these three stay 0 unless windows overlap
+    head[:] = 0
+    tail[:] = 0
     for begin in range(0, n, chunk):
         end = min(n, begin + chunk)
         # Rows that lie close together: a chunk is short of its scratch, and gaps would fill the cache.
@@ -536,6 +539,10 @@ def scan(
     used = np.zeros(num_experts, np.float64)
     absent = np.zeros(num_experts, np.float64)
     no_experts = np.zeros((0, 0), np.float64)
+    lags = np.zeros(bits, np.int64)
+    reused = np.zeros(max_window, np.int64)
+    head = np.zeros(max_window, np.int64)
+    tail = np.zeros((max_window, max_window), np.int64)
     for u in range(units.shape[0]):
         layer, cell, count_cell = units[u]
         unit_counts[:] = 0
@@ -562,6 +569,10 @@ def scan(
                 carry,
                 tables,
                 seen,
+                lags,
+                reused,
+                head,
+                tail,
             )
             if per_expert:
                 _scan_experts(ids, start, n, overlapping, expert_windows[cell, layer], last)

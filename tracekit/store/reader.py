@@ -35,10 +35,8 @@ class Block:
     def fits(self, trace: TraceInfo) -> bool:
         """Return whether ids, rows, requests and layers are within the trace: kernels do not check bounds."""
         runs, meta = self.runs, trace.meta
-        dtype = id_dtype(meta.num_experts)
         return bool(
-            self.ids.dtype == dtype
-            and (meta.num_experts > np.iinfo(dtype).max or self.ids.max(initial=0) < meta.num_experts)
+            (meta.num_experts > np.iinfo(self.ids.dtype).max or self.ids.max(initial=0) < meta.num_experts)
             and min(column.min(initial=0) for column in runs.values()) >= 0
             and ((runs["row"] + runs["n"]).max(initial=0) <= self.ids.shape[1])
             and (runs["request"].max(initial=0) < trace.requests)
@@ -101,7 +99,10 @@ class Store:
         return pl.concat(frames)
 
     def blocks(self, trace: TraceInfo) -> Iterator[Block]:
-        """Yield the trace's routing rows part by part; the next is made ready while one is worked on."""
+        """Yield the trace's routing rows part by part; the next is made ready while one is worked on.
+
+        The ids of a block are overwritten after the next one: copy what is to be kept.
+        """
         blocks = self._blocks(trace)
         with ThreadPoolExecutor(1, thread_name_prefix="tracekit-read") as pool:
             ahead = pool.submit(next, blocks, None)
@@ -117,17 +118,22 @@ class Store:
         paths = [self._path(s, part_name(i)) for s, i in parts]
         runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
         rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
-        for (segment, part), path in zip(parts, paths, strict=True):
-            expected = segment.parts[part]
-            frames: list[pl.DataFrame] = []
-            try:
-                while sum(f.height for f in frames) < expected:  # one row group a part, so this is one batch
-                    frames.append(next(rows))
-            except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
-                raise _unreadable(path, error) from None
-            ids = np.concatenate([np.stack([f[c].to_numpy() for c in columns]) for f in frames], axis=1)
-            if ids.shape[1] != expected:
-                raise _unreadable(path, f"it does not have the {expected} rows that the manifest says")
+        # Two buffers take turns: fresh memory for every part would cost as much as decoding it.
+        size = len(columns) * max((s.parts[i] for s, i in parts), default=0)
+        buffers = [np.empty(size, id_dtype(trace.meta.num_experts)) for _ in range(2)]
+        for turn, ((segment, part), path) in enumerate(zip(parts, paths, strict=True)):
+            expected, filled = segment.parts[part], 0
+            ids = buffers[turn % 2][: len(columns) * expected].reshape(len(columns), expected)
+            while filled < expected:  # one row group a part, so this is one batch
+                try:
+                    frame = next(rows)
+                except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
+                    raise _unreadable(path, error) from None
+                if filled + frame.height > expected or set(frame.dtypes) != {pl.Series(ids[0, :0]).dtype}:
+                    raise _unreadable(path, f"it does not have the {expected} rows of {ids.dtype} that it should")
+                for rank, column in enumerate(columns):
+                    ids[rank, filled : filled + frame.height] = frame[column].to_numpy()
+                filled += frame.height
             here = runs[segment.id].get((part,))
             if here is None:
                 raise _unreadable(path, "runs.parquet says nothing of it")
