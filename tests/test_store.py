@@ -527,3 +527,33 @@ def test_the_manifest_is_plain_json(store: tk.Store) -> None:
     frame = pl.read_parquet(store.path / "segments" / data["traces"][0]["segments"][0]["id"] / "part-00000.parquet")
     assert frame.columns == ["request", "layer", "pos", "decode", "e0", "e1"]
     assert frame.dtypes[4:] == [pl.UInt8, pl.UInt8]
+
+
+def test_an_array_whose_axes_could_be_either_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((61, 50, 16)), axis=2)[:, :, :8].astype(np.uint8)
+    np.save(tmp_path / "x.npy", ids)
+    with pytest.raises(SourceError, match=r"does not say which axis.*--axes"):
+        tk.ingest(tmp_path / "x.npy", tmp_path / "S", num_experts=16)
+    assert tk.ingest(tmp_path / "x.npy", tmp_path / "S", num_experts=16, axes="ltk").tokens == 50
+
+
+@pytest.mark.parametrize("prompt_len", [-3, 100])
+def test_a_prompt_that_cannot_be_is_refused(tmp_path: Path, prompt_len: int) -> None:
+    ids = np.argsort(np.random.default_rng(0).random((60, 2, 16)), axis=2)[:, :, :4].astype(np.uint8)
+    np.savez(tmp_path / "x.npz", routed_experts=ids, prompt_len=prompt_len, num_experts=16)
+    with pytest.raises(SourceError, match=f"{prompt_len}"):
+        tk.ingest(tmp_path / "x.npz", tmp_path / "S", axes="tlk")
+    assert not (tmp_path / "S").exists()
+
+
+def test_a_name_that_nobody_sees_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a name that can be seen"):
+        ingest(source, tmp_path / "S", name="  ")
+
+
+def test_a_manifest_with_the_wrong_types_is_damaged(store: tk.Store) -> None:
+    path = store.path / "manifest.json"
+    path.write_text(path.read_text().replace('"top_k": 2', '"top_k": "2"'))
+    with pytest.raises(StoreError, match="damaged manifest"):
+        tk.open(store.path)

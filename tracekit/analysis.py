@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracekit.errors import TracekitWarning, UsageError
+from tracekit.errors import TracekitWarning, UnsupportedError, UsageError
 from tracekit.metrics.state import Spec, caveats, resolve_phase
 from tracekit.schema import By, Phase
 from tracekit.store import Store, TraceInfo, results
@@ -132,11 +132,16 @@ def ensure(
     per_trace = []
     for info in infos:
         requests = store.requests(info)
-        actual = resolve_phase(requests, phase)
-        asked = [_WANT[kind](actual, **{"by": None, "intervals": intervals, "seed": seed} | a) for kind, a in wanted]
-        for spec in {w.spec for w in asked if w.kind != "load"}:
-            _warn(requests, spec)
-        frames = _obtain(store, info, requests, asked)
+        name = f"trace {info.name!r}" if len(infos) > 1 else None
+        try:
+            actual = resolve_phase(requests, phase)
+            common = {"by": None, "intervals": intervals, "seed": seed}
+            asked = [_WANT[kind](actual, **common | a) for kind, a in wanted]
+            for spec in {w.spec for w in asked if w.kind != "load"}:
+                _warn(requests, spec, name)
+            frames = _obtain(store, info, requests, asked)
+        except UnsupportedError as error:
+            raise UnsupportedError(error.found, where=name, expected=error.expected, remedy=error.remedy) from None
         per_trace.append([frame.select(pl.lit(info.name).alias("trace"), pl.all()) for frame in frames])
     return [pl.concat(frames) for frames in zip(*per_trace, strict=True)]
 
@@ -165,9 +170,9 @@ def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[_
     return [frame for frame in frames if frame is not None]
 
 
-def _warn(requests: pl.DataFrame, spec: Spec) -> None:
+def _warn(requests: pl.DataFrame, spec: Spec, name: str | None = None) -> None:
     for note in caveats(requests, spec):
-        warnings.warn(note, TracekitWarning, stacklevel=4)
+        warnings.warn(f"{name}: {note}" if name else note, TracekitWarning, stacklevel=4)
 
 
 def _shown(frame: pl.DataFrame, by: By | None, *also: str) -> pl.DataFrame:

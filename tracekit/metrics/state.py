@@ -253,6 +253,7 @@ class State:
         per_expert = (c if spec.batches and spec.by != "request" else 0, n_layers, spec.max_window, meta.num_experts)
         size = 8 * (
             3 * np.prod(windows, dtype=float)
+            + 16 * float(spec.max_window) ** 2  # the kernels' scratch
             + (4 + meta.top_k) * np.prod(lags, dtype=float)
             + cc * n_layers * float(meta.num_experts + spec.max_window)
             + 2 * np.prod(per_expert, dtype=float)

@@ -391,6 +391,9 @@ def _panels(frame: pl.DataFrame, without: str = "") -> tuple[str, list[Panel]]:
     ]
 
 
+_LONGEST_NAME = 64
+
+
 def _said(key: str, value: Any) -> str:
     match key:
         case "phase":
@@ -401,7 +404,9 @@ def _said(key: str, value: Any) -> str:
             return f"T = {value}"
         case "batch_size":
             return f"B = {value}"
-    return "(none)" if value is None else str(value)
+    # A title that the renderer has to cut may be cut inside a character.
+    text = "(none)" if value is None else str(value)
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
 def _mean_over_layers(frame: pl.DataFrame) -> str:
@@ -620,6 +625,8 @@ def _heatmap(
 def _steps(panel: str, rows: Sequence[Row]) -> list[Row]:
     """Return the bars of one panel, from the uniform expectation down to the trace as observed."""
     first, last = rows[0]["unique_before"], rows[-1]["unique_after"]
+    if last is None:
+        raise UnsupportedError("nothing to draw: no request has as many tokens as the window")
     steps = [{"step": "uniform", "from": first, "to": first, "kind": "uniform", "text": f"{first:.2f} unique experts"}]
     for row in rows:
         interval = "none"

@@ -18,6 +18,7 @@ Order = tuple[int, int, int]
 
 _SAMPLE = 64
 _LARGEST_K = 512
+_FEWEST_LAYERS, _MOST_LAYERS = 16, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,9 @@ def resolve_axes(ids: NDArray[Any], facts: Facts, where: str) -> Order:
     plain = (0, 1, 2)
     tokens_known = evidence and len({order[0] for order in orders}) == 1
     k_is_last = shape[2] <= min(shape[tokens_known:2]) or all(order[2] == 2 for order in orders)
-    if plain in orders and (tokens_known or shape[0] > shape[1]) and k_is_last:
+    # Models have up to about a hundred layers: two such axes could be either.
+    either = all(_FEWEST_LAYERS <= size <= _MOST_LAYERS for size in shape[:2])
+    if plain in orders and (tokens_known or (shape[0] > shape[1] and not either)) and k_is_last:
         return plain
     candidates = ", ".join(name_axes(order) for order in orders)
     raise SourceError(

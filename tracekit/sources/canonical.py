@@ -222,6 +222,13 @@ class Canonical:
         if expected is not None and raw.positions is None and rows != expected - first:
             raise _wrong_rows(raw, rows, first, where)
         last = first + rows - 1 if raw.positions is None else int(raw.positions[-1])
+        if P is not None and not 0 <= P <= last + 2:  # the last prompt token may lack its row
+            raise SourceError(
+                f"a prompt of {P} tokens, but routing up to position {last} only",
+                where=where,
+                expected=f"0 to {last + 2} prompt tokens",
+                remedy="Correct the prompt length, or give first_pos where earlier rows are missing",
+            )
         if phase == "prefill":
             if P is not None and last >= P:
                 raise SourceError(

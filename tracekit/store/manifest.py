@@ -150,6 +150,14 @@ def _trace(entry: dict[str, Any]) -> TraceInfo:
     for segment in segments:
         if not segment.id.isalnum():
             raise ValueError(f"segment id {segment.id!r}")
+    numbers = [
+        meta["num_experts"],
+        meta["top_k"],
+        *meta["layers"],
+        *(n for s in segments for n in (s.requests, *s.parts)),
+    ]
+    if not isinstance(entry["name"], str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("a field of the wrong type")
     return TraceInfo(entry["name"], TraceMeta(**meta), entry["created"], tuple(segments), tuple(entry["notes"]))
 
 

@@ -126,6 +126,8 @@ def ingest(
         raise UsageError("--append and --force exclude each other")
     root = Path(store)
     trace_name = name if name is not None else _default_name(paths[0])
+    if not trace_name.strip():
+        raise UsageError(f"the name {trace_name!r}", expected="a name that can be seen")
     options = IngestOptions(
         config=load_config(Path(config)) if config is not None else None,
         num_experts=num_experts,
