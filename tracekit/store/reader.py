@@ -176,12 +176,12 @@ class Store:
     def _path(self, segment: Segment, name: str) -> Path:
         return self.path / SEGMENTS / segment.id / name
 
-    def _read(self, segment: Segment, name: str, columns: list[str] | None = None) -> pl.DataFrame:
+    def _read(self, segment: Segment, name: str) -> pl.DataFrame:
         import polars as pl
 
         path = self._path(segment, name)
         try:
-            return pl.read_parquet(path, columns=columns, memory_map=False, glob=False)
+            return pl.read_parquet(path, memory_map=False, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise _unreadable(path, error) from None
 

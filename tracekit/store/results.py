@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracekit.schema import BASELINES
 from tracekit.store.manifest import RESULTS, TEMPORARY, VERSION, TraceInfo
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _GROUP = {"layer": "UInt16", "label": "String", "request_id": "String"}
 _INTERVAL = ("", "_lo", "_hi")
-_BASELINES = ("uniform", "popularity", "label", "request")
 
 
 def columns(kind: str) -> dict[str, str]:
@@ -37,8 +37,8 @@ def columns(kind: str) -> dict[str, str]:
             "n_windows": "Int64",
             **{f"observed{s}": number for s in _INTERVAL},
             "per_top_k": number,
-            **{f"expected_{b}": number for b in _BASELINES},
-            **{f"reduction_{b}{s}": number for b in _BASELINES for s in (*_INTERVAL, "_bias")},
+            **{f"expected_{b}": number for b in BASELINES},
+            **{f"reduction_{b}{s}": number for b in BASELINES for s in (*_INTERVAL, "_bias")},
         },
         "autocorr": {
             "lag": "Int64",
