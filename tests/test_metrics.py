@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def measured(
 
 @st.composite
 def traces(draw: st.DrawFn, min_requests: int = 1, max_requests: int = 4, long: bool = False) -> tuple[Requests, int]:
-    k = draw(st.integers(1, 4))
-    num_experts = draw(st.integers(k + 1, 9))
+    k = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 17]))  # 17 needs sums of five bits
+    num_experts = draw(st.integers(k + 1, k + 6))
     n_layers = draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     known = draw(st.booleans())
@@ -324,15 +325,39 @@ def test_states_merge_to_the_state_of_the_whole(trace: tuple[Requests, int], by:
     meta, spec = TraceMeta(num_experts, k, tuple(range(n_layers)), "test"), Spec("all", 4, 3, batches=True, by=by)
     parts = []
     for numbers in (range(len(requests)), [0], range(1, len(requests))):
-        accumulator = Accumulator(meta, spec, frame_of(requests), 1)
-        accumulator.add(block_of(requests, list(numbers), meta.layers))
-        accumulator.close()
+        with Accumulator(meta, spec, frame_of(requests), 1) as accumulator:
+            accumulator.add(block_of(requests, list(numbers), meta.layers))
         parts.append(accumulator.state)
     whole, first, rest = parts
     first.merge(rest)
     for name in first.__slots__:
         np.testing.assert_allclose(getattr(first, name), getattr(whole, name), rtol=1e-12, err_msg=name)
     assert np.array_equal(first.union_sum, whole.union_sum)
+
+
+def test_blocks_that_overlap_in_time_add_up_to_the_whole() -> None:
+    rng, meta = np.random.default_rng(2), TraceMeta(16, 3, (0, 1, 2, 5), "test")
+    requests: Requests = [
+        {
+            "request_id": f"r{i}",
+            "label": None,
+            "decode_start": 0,
+            "positions": np.arange(n),
+            "ids": rng.permuted(np.tile(np.arange(16, dtype=np.uint8), (n, 4, 1)), axis=2)[:, :, :3],
+        }
+        for i, n in enumerate([60, 3, 200, 41, 77, 5, 120, 64, 90, 30])
+    ]
+    spec = Spec("all", max_window=5, max_lag=4)
+    blocks = [block_of(requests, [i], meta.layers) for i in range(len(requests))]
+    with Accumulator(meta, spec, frame_of(requests), 1) as whole:
+        whole.add(block_of(requests, list(range(len(requests))), meta.layers))
+    buffers = [np.empty((meta.top_k, max(b.ids.shape[1] for b in blocks)), blocks[0].ids.dtype) for _ in range(3)]
+    with Accumulator(meta, spec, frame_of(requests), 3) as parts:
+        for turn, block in enumerate(20 * blocks):  # as a store does: ids are overwritten after the next two blocks
+            buffers[turn % 3][:, : block.ids.shape[1]] = block.ids
+            parts.add(replace(block, ids=buffers[turn % 3]))
+    assert np.array_equal(parts.state.overlap_counts, 20 * whole.state.overlap_counts)
+    assert np.array_equal(parts.state.union_sum, 20 * whole.state.union_sum)
 
 
 def test_more_than_200_requests_share_jackknife_groups_by_a_seeded_hash() -> None:

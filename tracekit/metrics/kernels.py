@@ -19,7 +19,7 @@ blocks of F lags each.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -30,11 +30,24 @@ _EVEN = np.uint64(0x5555555555555555)
 _PAIR = np.uint64(0x3333333333333333)
 _NIBBLE = np.uint64(0x0F0F0F0F0F0F0F0F)
 _BYTE = np.uint64(0x0101010101010101)
+_ROW = 264
+"""Words between two rows of scratch: one number for all, so that the compiler knows that rows do not overlap; rows
+are whole cache lines, and the same place in two of them does not fall into the same set of the cache."""
 
 
 def word_bits(max_lag: int, max_window: int) -> int:
     """Return F, the lags that one history word covers: 16 where that is enough, else 32."""
     return 16 if max(max_lag, max_window - 1) <= 16 else 32
+
+
+_R1, _R2, _R3 = np.uint64(_ROW), np.uint64(2 * _ROW), np.uint64(3 * _ROW)
+
+
+@njit(cache=True, nogil=True)
+def _chunk(bits: int) -> int:
+    """Return the tokens of a chunk: whole epochs (see _history), at most 255 packed words (see _add_bit_counts)."""
+    epoch, per_word = 64 - bits, 64 // bits
+    return 255 * per_word // epoch * epoch
 
 
 @njit(cache=True, nogil=True)
@@ -48,7 +61,15 @@ def _popcount(x: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _history(
-    ids: Any, start: int, begin: int, end: int, delay: int, bits: int, words: Any, table: Any, counts: Any
+    ids: Any,
+    start: int,
+    begin: int,
+    end: int,
+    delay: int,
+    bits: int,
+    words: Any,
+    table: Any,
+    counts: Any,
 ) -> None:
     """Write the history word of every routed expert of tokens ``begin .. end - 1``.
 
@@ -59,93 +80,90 @@ def _history(
     delay
         Lags ``delay + 1 .. delay + bits`` are recorded.
     words
-        Output ``[k, >= end - begin]``, uint16 or uint32 as ``bits`` says; every one of these is written.
+        Output, a row of ``_ROW`` uint64 per rank seen as uint16 or uint32, as ``bits`` says.
     table
-        Uses per expert ``[N]`` uint64, in epochs of ``64 - bits`` tokens: the low ``bits`` bits are the tokens before
-        the epoch, the others the epoch itself. ``begin`` must be a multiple of the epoch.
+        For each block of ``bits`` lags the uses per expert ``[N]`` uint64, in epochs of ``64 - bits`` tokens: the low
+        ``bits`` bits are the tokens before the epoch, the others the epoch itself. ``begin`` must be a multiple of the
+        epoch.
     counts
-        ``[N]`` int64: grows by the uses of each expert in the epochs that are over; or empty.
+        ``[N]`` int64: the first block of lags adds the uses of each expert in the epochs that are over.
     """
     epoch = np.uint64(64 - bits)
     past = np.uint64(bits)
+    row = np.uint64(_ROW) * (np.uint64(64) // past)
     k = np.uint64(ids.shape[0])
+    n_experts = np.uint64(counts.shape[0])
+    base = np.uint64(delay) // past * n_experts
     first = np.uint64(start)
     lag = np.uint64(delay)
     t = np.uint64(begin)
     stop = np.uint64(end)
     while t < stop:
-        for i in range(counts.shape[0]):
-            counts[i] += _popcount(table[i] >> past)
-        for i in range(table.shape[0]):
-            table[i] >>= epoch
+        if lag == _U0:
+            for e in range(n_experts):
+                uses = table[base + e]
+                counts[e] += _popcount(uses >> past)
+                table[base + e] = uses >> epoch
+        else:
+            for e in range(n_experts):
+                table[base + e] >>= epoch
         for step in range(min(epoch, stop - t)):
             mark = _U1 << (past + step)
             now = t + step
             column = now - np.uint64(begin)
-            if lag == _U0 and k == _U1:  # one rank: a loop over ranks would cost more than its body
-                e = np.uint64(ids[0, first + now])
-                used = table[e]
-                words[0, column] = used >> step
-                table[e] = used | mark
-            elif lag == _U0:
+            if lag == _U0:
                 for r in range(k):
-                    e = np.uint64(ids[r, first + now])
-                    used = table[e]
-                    words[r, column] = used >> step
-                    table[e] = used | mark
+                    at = base + np.uint64(ids[r, first + now])
+                    uses = table[at]
+                    words[r * row + column] = uses >> step
+                    table[at] = uses | mark
             else:
                 for r in range(k):
-                    words[r, column] = table[np.uint64(ids[r, first + now])] >> step
+                    words[r * row + column] = table[base + np.uint64(ids[r, first + now])] >> step
                 if now >= lag:
                     for r in range(k):
-                        table[np.uint64(ids[r, first + now - lag])] |= mark
+                        table[base + np.uint64(ids[r, first + now - lag])] |= mark
         t += epoch
 
 
 @njit(cache=True, nogil=True)
-def _pack_history(
-    ids: Any, start: int, begin: int, end: int, delay: int, bits: int, packed: Any, table: Any, counts: Any
-) -> None:
-    """Write the history words into ``packed[k, W]`` uint64, with zeros after the last token."""
-    packed[:, packed.shape[1] - 1] = _U0
-    if bits == 16:
-        _history(ids, start, begin, end, delay, bits, packed.view(np.uint16), table, counts)
-    else:
-        _history(ids, start, begin, end, delay, bits, packed.view(np.uint32), table, counts)
+def _sum_planes(words: Any, k: int, n_words: int, n_planes: int, planes: Any, carry: Any) -> None:
+    """Add the k words of each token bit by bit; row p of ``planes`` receives bit p of the sums.
 
-
-@njit(cache=True, nogil=True)
-def _sum_planes(packed: Any, planes: Any, carry: Any) -> None:
-    """Add the k words of each token bit by bit; ``planes[p]`` receives bit p of the sums.
-
-    ``packed`` is ``[k, W]`` uint64, ``planes`` ``[P, W]`` with ``2 ** P > k``, ``carry`` scratch ``[W]``.
+    There are at least four rows of planes, and a multiple of four rows of words: those beyond k are 0.
     """
-    k = packed.shape[0]
-    ones = planes[0]
-    n_words = carry.shape[0]
-    planes[:] = 0
-    for r in range(0, k, 2):
-        x = packed[r]
-        if r + 1 < k:
-            y = packed[r + 1]
-            for i in range(n_words):
-                a = ones[i] ^ x[i]
-                carry[i] = (ones[i] & x[i]) | (a & y[i])
-                ones[i] = a ^ y[i]
-        else:
-            for i in range(n_words):
-                carry[i] = ones[i] & x[i]
-                ones[i] ^= x[i]
-        for p in range(1, planes.shape[0]):
-            plane = planes[p]
-            for i in range(n_words):
-                a = plane[i]
-                plane[i] = a ^ carry[i]
-                carry[i] &= a
+    n = np.uint64(n_words)
+    for p in range(max(4, n_planes)):
+        row = np.uint64(p) * _R1
+        for i in range(n):
+            planes[row + i] = _U0
+    for r in range(0, k, 4):
+        row = np.uint64(r) * _R1
+        for i in range(n):  # four rows and the sum so far: full adders, then the carry moves up
+            at = row + i
+            a, b, c, d = words[at], words[at + _R1], words[at + _R2], words[at + _R3]
+            p0, p1, p2, p3 = planes[i], planes[i + _R1], planes[i + _R2], planes[i + _R3]
+            ab = a ^ b
+            abc, two = ab ^ c, (a & b) | (ab & c)
+            abcd, too = abc ^ d, (abc & d) | ((abc ^ d) & p0)
+            twos = two ^ too
+            four = (two & too) | (twos & p1)
+            eight = p2 & four
+            planes[i] = abcd ^ p0
+            planes[i + _R1] = twos ^ p1
+            planes[i + _R2] = p2 ^ four
+            planes[i + _R3] = p3 ^ eight
+            carry[i] = p3 & eight
+        for p in range(4, n_planes):
+            row = np.uint64(p) * _R1
+            for i in range(n):
+                plane = planes[row + i]
+                planes[row + i] = plane ^ carry[i]
+                carry[i] &= plane
 
 
 @njit(cache=True, nogil=True)
-def _add_bit_counts(words: Any, bits: int, weight: int, counts: Any) -> None:
+def _add_bit_counts(words: Any, first: int, n_words: int, bits: int, weight: int, counts: Any) -> None:
     """Add, for each of the ``bits`` bit positions, how many of the packed fields have it set.
 
     ``counts[d - 1]`` grows by ``weight`` times the number of fields with bit ``bits - d`` set. There are at most 255
@@ -153,10 +171,10 @@ def _add_bit_counts(words: Any, bits: int, weight: int, counts: Any) -> None:
     """
     s1, s2, s4 = _U1, np.uint64(2), np.uint64(4)
     a0, a1, a2, a3, a4, a5, a6, a7 = _U0, _U0, _U0, _U0, _U0, _U0, _U0, _U0
-    n_words = words.shape[0]
-    third = n_words // 3
-    for i in range(third):
-        x, y, z = words[i], words[third + i], words[2 * third + i]
+    third = np.uint64(n_words // 3)
+    start = np.uint64(first)
+    for i in range(start, start + third):
+        x, y, z = words[i], words[i + third], words[i + third + third]
         even = (x & _EVEN) + (y & _EVEN) + (z & _EVEN)
         odd = ((x >> s1) & _EVEN) + ((y >> s1) & _EVEN) + ((z >> s1) & _EVEN)
         e0, e2, o1, o3 = even & _PAIR, (even >> s2) & _PAIR, odd & _PAIR, (odd >> s2) & _PAIR
@@ -168,7 +186,7 @@ def _add_bit_counts(words: Any, bits: int, weight: int, counts: Any) -> None:
         a6 += (e2 >> s4) & _NIBBLE
         a3 += o3 & _NIBBLE
         a7 += (o3 >> s4) & _NIBBLE
-    for i in range(3 * third, n_words):
+    for i in range(start + third + third + third, start + np.uint64(n_words)):
         x = words[i]
         a0 += x & _BYTE
         a1 += (x >> s1) & _BYTE
@@ -184,68 +202,100 @@ def _add_bit_counts(words: Any, bits: int, weight: int, counts: Any) -> None:
         ones |= _U1 << np.uint64(field)
     lane, top = ones * np.uint64(255), np.uint64(64 - bits)
     for byte in range(bits // 8):
-        shift, first = np.uint64(8 * byte), bits - 1 - 8 * byte
-        for bit, a in enumerate((a0, a1, a2, a3, a4, a5, a6, a7)):
-            counts[first - bit] += weight * np.int64((((a >> shift) & lane) * ones) >> top)
+        shift, at = np.uint64(8 * byte), np.uint64(bits - 8 * byte)
+        for a in (a0, a1, a2, a3, a4, a5, a6, a7):
+            at -= _U1
+            counts[at] += weight * np.int64((((a >> shift) & lane) * ones) >> top)
 
 
 @njit(cache=True, nogil=True)
-def _smear(packed: Any, bits: int, lags: int) -> None:
+def _field_mask(bits: int, field: int) -> Any:
+    """Return a uint64 that holds ``field`` in each of its fields of ``bits`` bits."""
+    mask = _U0
+    for at in range(0, 64, bits):
+        mask |= np.uint64(field) << np.uint64(at)
+    return mask
+
+
+@njit(cache=True, nogil=True)
+def _smear(words: Any, k: int, n_words: int, bits: int, lags: int) -> None:
     """Turn history words into "used within the last d tokens" words for d up to ``lags``, in place."""
-    shift = 1
+    s1, s2, s4 = _U1, np.uint64(2), np.uint64(4)
+    m1 = _field_mask(bits, (1 << (bits - 1)) - 1)
+    m2 = _field_mask(bits, (1 << (bits - 2)) - 1)
+    m4 = _field_mask(bits, (1 << (bits - 4)) - 1)
+    n = np.uint64(n_words)
+    for r in range(k):
+        row = np.uint64(r) * _R1
+        for i in range(row, row + n):
+            x = words[i]
+            x |= (x >> s1) & m1
+            x |= (x >> s2) & m2
+            words[i] = x | ((x >> s4) & m4)
+    shift = 8
     while shift < min(bits, lags):
-        keep = _U0
-        field = (_U1 << np.uint64(bits - shift)) - _U1
-        for f in range(0, 64, bits):
-            keep |= field << np.uint64(f)
-        s = np.uint64(shift)
-        for r in range(packed.shape[0]):
-            row = packed[r]
-            for i in range(packed.shape[1]):
-                row[i] |= (row[i] >> s) & keep
+        s, mask = np.uint64(shift), _field_mask(bits, (1 << (bits - shift)) - 1)
+        for r in range(k):
+            row = np.uint64(r) * _R1
+            for i in range(row, row + n):
+                words[i] |= (words[i] >> s) & mask
         shift *= 2
 
 
 @njit(cache=True, nogil=True)
-def _field_sum(planes: Any, field: int, bit: int, bits: int) -> Any:
+def _field_sum(planes: Any, n_planes: int, field: int, bit: int, bits: int) -> Any:
     """Return the sum over ranks of one bit of one token, read from the planes."""
     at = field * bits
-    word, shift = at >> 6, np.uint64((at & 63) + bit)
-    total = np.int64(0)
-    for p in range(planes.shape[0]):
-        total += np.int64((planes[p, word] >> shift) & _U1) << p
-    return total
+    word, shift = np.uint64(at >> 6), np.uint64((at & 63) + bit)
+    total, p = _U0, _U0
+    while p < np.uint64(n_planes):
+        total |= ((planes[word] >> shift) & _U1) << p
+        word += _R1
+        p += _U1
+    return np.int64(total)
 
 
 @njit(cache=True, nogil=True)
-def _add_overlaps(packed: Any, bits: int, planes: Any, carry: Any, lags: Any, overlap_counts: Any) -> None:
+def _flip(value: int, bit: int) -> Any:
+    """Return what a plane is XORed with, so that it is set where its bit is that of ``value``."""
+    return _U0 if (value >> bit) & 1 else ~_U0
+
+
+@njit(cache=True, nogil=True)
+def _add_overlaps(
+    planes: Any, n_planes: int, n_words: int, bits: int, delay: int, carry: Any, lags: Any, overlap_counts: Any
+) -> None:
     """Add the pairs of one chunk and block of lags that share exactly v experts, for each v.
 
-    ``overlap_counts[d, v - 1]`` is the state from the block's first lag on; lags beyond it are ignored.
+    ``planes`` hold the sums of the history words. ``overlap_counts[d - 1, v - 1]`` grows for lags
+    d = ``delay + 1 .. delay + bits``.
     """
-    _sum_planes(packed, planes, carry)
-    n_words = carry.shape[0]
-    for v in range(1, packed.shape[0] + 1):
-        for i in range(n_words):
-            carry[i] = ~_U0
-        for p in range(planes.shape[0]):
-            flip = _U0 if (v >> p) & 1 else ~_U0
-            plane = planes[p]
-            for i in range(n_words):
-                carry[i] &= plane[i] ^ flip
+    max_lag, k = overlap_counts.shape
+    n = np.uint64(n_words)
+    for v in range(1, k + 1):
+        f0, f1, f2, f3 = _flip(v, 0), _flip(v, 1), _flip(v, 2), _flip(v, 3)
         found = _U0
-        for i in range(n_words):
-            found |= carry[i]
+        for i in range(n):
+            x = (planes[i] ^ f0) & (planes[i + _R1] ^ f1) & (planes[i + _R2] ^ f2) & (planes[i + _R3] ^ f3)
+            carry[i] = x
+            found |= x
+        for p in range(4, n_planes):
+            row, flip, found = np.uint64(p) * _R1, _flip(v, p), _U0
+            for i in range(n):
+                carry[i] &= planes[row + i] ^ flip
+                found |= carry[i]
         if found != _U0:
             lags[:] = 0
-            _add_bit_counts(carry, bits, 1, lags)
-            for d in range(min(bits, overlap_counts.shape[0])):
-                overlap_counts[d, v - 1] += lags[d]
+            _add_bit_counts(carry, 0, n_words, bits, 1, lags)
+            for d in range(min(bits, max_lag - delay)):
+                overlap_counts[delay + d, v - 1] += lags[d]
 
 
 @njit(cache=True, nogil=True)
 def _add_recent_uses(
     planes: Any,
+    n_planes: int,
+    n_words: int,
     bits: int,
     delay: int,
     begin: int,
@@ -258,131 +308,60 @@ def _add_recent_uses(
 ) -> None:
     """Add, for sliding windows, the experts of a chunk's tokens that were used within the previous j tokens.
 
-    ``used[j]`` grows by all of them, ``head[j]`` by those of the run's first j tokens, and ``tail[j, m]`` is set to
-    those of its m-th token from the end; j = ``delay`` + 1 .. ``delay + bits``. ``planes`` hold the smeared words.
+    ``used[j]`` grows by all of them, ``tail[j, m]`` is set to those of the run's m-th token from the end, for
+    j = ``delay`` + 1 .. ``delay + bits``; ``head[t]`` to all earlier uses of the run's token t. ``planes`` hold the
+    sums of the smeared words.
     """
     max_window = head.shape[0]
     lags[:] = 0
-    for p in range(planes.shape[0]):
-        _add_bit_counts(planes[p], bits, 1 << p, lags)
-    for d in range(min(bits, max_window - 1 - delay)):
-        j = delay + d + 1
-        used[j] += lags[d]
-        for t in range(begin, min(end, j)):
-            head[j] += _field_sum(planes, t - begin, bits - 1 - d, bits)
+    for p in range(n_planes):
+        _add_bit_counts(planes, p * _ROW, n_words, bits, 1 << p, lags)
+    for t in range(max(begin, delay + 1), min(end, max_window - 1, delay + bits + 1)):
+        head[t] = _field_sum(planes, n_planes, t - begin, bits + delay - t, bits)
+    for j in range(delay + 1, min(delay + bits, max_window - 1) + 1):
+        used[j] += lags[j - delay - 1]
         for m in range(max(0, n - end), min(n - begin, max_window - 1 - j)):
-            tail[j, m] = _field_sum(planes, n - 1 - m - begin, bits - 1 - d, bits)
+            tail[j, m] = _field_sum(planes, n_planes, n - 1 - m - begin, bits + delay - j, bits)
 
 
 @njit(cache=True, nogil=True)
 def _subtract_repeats(
-    planes: Any, bits: int, delay: int, begin: int, end: int, n: int, max_window: int, union_sum: Any
+    planes: Any, n_planes: int, bits: int, delay: int, begin: int, end: int, n: int, union_sum: Any
 ) -> None:
     """Subtract, for windows that do not overlap, the experts used earlier in their window.
 
     The token at t is number t mod T of its window, so these are its experts used within the previous t mod T tokens.
     """
-    for window in range(2, max_window + 1):
+    for window in range(2, union_sum.shape[0] + 1):
         covered = (n // window) * window
         for t in range(begin, min(end, covered)):
             j = t % window
             if delay < j <= delay + bits:
-                union_sum[window - 1] -= _field_sum(planes, t - begin, bits + delay - j, bits)
+                union_sum[window - 1] -= _field_sum(planes, n_planes, t - begin, bits + delay - j, bits)
 
 
 @njit(cache=True, nogil=True)
-def _scan_run(
-    ids: Any,
-    start: int,
-    n: int,
-    bits: int,
-    overlapping: bool,
-    union_sum: Any,
-    overlap_counts: Any,
-    rank0_repeats: Any,
-    counts: Any,
-    word_scratch: Any,
-    plane_scratch: Any,
-    carry_scratch: Any,
-    tables: Any,
-    seen: Any,
-    lags: Any,
-    used: Any,
-    head: Any,
-    tail: Any,
-) -> None:
-    """Add one run's window unions and lag overlaps.
-
-    Parameters
-    ----------
-    ids, start, n
-        The run: columns ``start .. start + n - 1`` of ``ids[k, rows]``.
-    union_sum
-        ``[T]`` int64: grows by the sum over windows of length T of their unique experts.
-    overlap_counts
-        ``[D, k]`` int64: ``[d - 1, v - 1]`` grows by the pairs at lag d that share exactly v experts.
-    rank0_repeats
-        ``[D]`` int64: pairs at lag d whose rank-0 expert is the same; or empty.
-    counts
-        ``[N]`` int64: grows by the uses of each expert.
-    word_scratch, plane_scratch, carry_scratch, tables, seen, lags, used, head, tail
-        Scratch: for a chunk of tokens the history words (``k * W`` uint64), their sum (``P * W``) and one row (``W``).
-    """
-    k = ids.shape[0]
-    max_window = union_sum.shape[0]
-    max_lag = overlap_counts.shape[0]
-    chunk = carry_scratch.shape[0] * (64 // bits)
-    n_planes = plane_scratch.shape[0] // carry_scratch.shape[0]
-    tables[:] = 0
-    no_counts = counts[:0]
-    used[:] = 0  # these three stay 0 unless windows overlap
-    head[:] = 0
-    tail[:] = 0
-    for begin in range(0, n, chunk):
-        end = min(n, begin + chunk)
-        # Rows that lie close together: a chunk is short of its scratch, and gaps would fill the cache.
-        n_words = ((end - begin) * bits + 63) // 64
-        packed = word_scratch[: k * n_words].reshape(k, n_words)
-        planes = plane_scratch[: n_planes * n_words].reshape(n_planes, n_words)
-        carry = carry_scratch[:n_words]
-        seen[:] = False
-        for block in range(tables.shape[1]):
-            delay = block * bits
-            _pack_history(
-                ids, start, begin, end, delay, bits, packed, tables[0, block], counts if block == 0 else no_counts
-            )
-            if max_lag > delay:
-                _add_overlaps(packed, bits, planes, carry, lags, overlap_counts[delay:])
-            if max_window - 1 > delay:
-                if max_window - 1 > bits:
-                    _carry_uses(packed.view(np.uint32), end - begin, seen)
-                _smear(packed, bits, max_window - 1 - delay)
-                _sum_planes(packed, planes, carry)
-                if overlapping:
-                    _add_recent_uses(planes, bits, delay, begin, end, n, lags, used, head, tail)
-                else:
-                    _subtract_repeats(planes, bits, delay, begin, end, n, max_window, union_sum)
-            if rank0_repeats.shape[0] > delay:
-                _pack_history(ids[:1], start, begin, end, delay, bits, packed, tables[1, block], no_counts)
-                lags[:] = 0
-                _add_bit_counts(packed[0], bits, 1, lags)
-                for d in range(min(bits, max_lag - delay)):
-                    rank0_repeats[delay + d] += lags[d]
-    _finish_counts(ids, start, n, bits, tables, counts)
-    _finish_windows(k, n, overlapping, used, head, tail, union_sum)
-
-
-@njit(cache=True, nogil=True)
-def _finish_counts(ids: Any, start: int, n: int, bits: int, tables: Any, counts: Any) -> None:
-    """Add the uses of each expert that are still in the tables, or all of the run's where there are no tables."""
-    if tables.shape[1]:
-        for e in range(counts.shape[0]):
-            counts[e] += _popcount(tables[0, 0, e] >> np.uint64(bits))
-        return
-    for r in range(ids.shape[0]):
-        column = ids[r, start : start + n]
+def _carry_uses(words: Any, k: int, n: int, seen: Any) -> None:
+    """Fill the words of experts that an earlier block of lags has seen already, and note those that this one sees."""
+    for r in range(k):
         for t in range(n):
-            counts[column[t]] += 1
+            at = r * 2 * _ROW + t  # these are uint32 words
+            if seen[r, t]:
+                words[at] = 0xFFFFFFFF
+            else:
+                seen[r, t] = words[at] != 0
+
+
+@njit(cache=True, nogil=True)
+def _rank0_history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, lags: int, words: Any) -> None:
+    """Write history words as :func:`_history` does, of the rank-0 experts among themselves, for ``lags`` lags."""
+    first = np.uint64(start + begin)
+    for i in range(np.uint64(end - begin)):
+        words[i] = 0
+    for d in range(1, lags + 1):
+        mark, lag = 1 << (bits - d), np.uint64(delay + d)
+        for i in range(np.uint64(max(0, delay + d - begin)), np.uint64(max(0, end - begin))):
+            words[i] |= mark if ids[0, first + i] == ids[0, first + i - lag] else 0
 
 
 @njit(cache=True, nogil=True)
@@ -395,32 +374,132 @@ def _finish_windows(k: int, n: int, overlapping: bool, used: Any, head: Any, tai
     max_window = min(union_sum.shape[0], n)
     for window in range(1, max_window + 1):
         union_sum[window - 1] += k * window * (n - window + 1 if overlapping else n // window)
+    if not overlapping:
+        return
+    before = 0  # uses before token j's reach: tokens 1 .. j - 1 have no more than j - 1 tokens before them
     for j in range(1, max_window):
-        repeats = used[j] - head[j]
+        repeats = used[j] - before
+        before += head[j]
         for window in range(j + 1, max_window + 1):
             union_sum[window - 1] -= repeats
             repeats -= tail[j, window - 1 - j]
 
 
-@njit(cache=True, nogil=True)
-def _carry_uses(words: Any, n: int, seen: Any) -> None:
-    """Fill the words of experts that an earlier block of lags has seen already, and note those that this one sees."""
-    for r in range(words.shape[0]):
-        for t in range(n):
-            if seen[r, t]:
-                words[r, t] = 0xFFFFFFFF
-            else:
-                seen[r, t] = words[r, t] != 0
+class Scratch(NamedTuple):
+    """What the kernel works in: for a chunk of tokens its history words, and what becomes of them."""
+
+    words: Any
+    """uint64: a row of ``_ROW`` per rank, and rows of zeros up to a multiple of four."""
+    words16: Any
+    """The same memory, seen as uint16: a row per rank, a word per token."""
+    words32: Any
+    """The same, seen as uint32."""
+    planes: Any
+    """uint64: the sums of the words over the ranks, a row of ``_ROW`` per bit; sums are below 2 ** 16."""
+    carry: Any
+    """uint64 ``[_ROW]``."""
+    table: Any
+    """uint64 ``[blocks of lags * N]``: the uses of each expert in the last tokens, see :func:`_history`."""
+    seen: Any
+    """bool ``[k, chunk]``: experts that an earlier block of lags has seen."""
+    lags: Any
+    """int64 ``[bits]``."""
+
+
+class Sums(NamedTuple):
+    """What the runs of one unit add up to, all int64."""
+
+    unions: Any
+    """``[T]``: unique experts, summed over windows."""
+    overlaps: Any
+    """``[D, k]``: pairs at lag d that share exactly v + 1 experts."""
+    rank0: Any
+    """``[D]``: pairs at lag d whose rank-0 expert is the same; or empty."""
+    counts: Any
+    """``[N]``: uses of each expert."""
+    used: Any
+    """``[T]``: of one run, the experts of its tokens that were used within the previous j tokens."""
+    head: Any
+    """``[T]``: of one run's first tokens, the experts that were used before in it."""
+    tail: Any
+    """``[T, T]``: of one run's last tokens, the experts that were used within the previous j tokens."""
 
 
 @njit(cache=True, nogil=True)
-def _scan_experts(ids: Any, start: int, n: int, overlapping: bool, expert_windows: Any, last: Any) -> None:
+def _scan_chunk(
+    ids: Any, start: int, n: int, begin: int, end: int, delay: int, bits: int, overlapping: bool, s: Any, sums: Any
+) -> None:
+    """Add the tokens ``begin .. end - 1`` of one run, at the lags ``delay + 1 .. delay + bits``."""
+    k, n_planes = ids.shape[0], 1
+    while (1 << n_planes) <= k:
+        n_planes += 1
+    max_window, max_lag = sums.unions.shape[0], sums.overlaps.shape[0]
+    n_words = ((end - begin) * bits + 63) // 64
+    for r in range(k):
+        s.words[r * _ROW + n_words - 1] = _U0  # what lies after the last token
+    if bits == 16:
+        _history(ids, start, begin, end, delay, bits, s.words16, s.table, sums.counts)
+    else:
+        _history(ids, start, begin, end, delay, bits, s.words32, s.table, sums.counts)
+    if max_lag > delay:
+        _sum_planes(s.words, k, n_words, n_planes, s.planes, s.carry)
+        _add_overlaps(s.planes, n_planes, n_words, bits, delay, s.carry, s.lags, sums.overlaps)
+    if max_window - 1 > delay:
+        if max_window - 1 > bits:
+            _carry_uses(s.words32, k, end - begin, s.seen)
+        _smear(s.words, k, n_words, bits, max_window - 1 - delay)
+        _sum_planes(s.words, k, n_words, n_planes, s.planes, s.carry)
+        if overlapping:
+            _add_recent_uses(
+                s.planes, n_planes, n_words, bits, delay, begin, end, n, s.lags, sums.used, sums.head, sums.tail
+            )
+        else:
+            _subtract_repeats(s.planes, n_planes, bits, delay, begin, end, n, sums.unions)
+    if sums.rank0.shape[0] > delay:
+        n_lags = min(bits, max_lag - delay)
+        s.words[n_words - 1] = _U0
+        if bits == 16:
+            _rank0_history(ids, start, begin, end, delay, bits, n_lags, s.words16)
+        else:
+            _rank0_history(ids, start, begin, end, delay, bits, n_lags, s.words32)
+        s.lags[:] = 0
+        _add_bit_counts(s.words, 0, n_words, bits, 1, s.lags)
+        for d in range(n_lags):
+            sums.rank0[delay + d] += s.lags[d]
+
+
+@njit(cache=True, nogil=True)
+def _scan_run(ids: Any, start: int, n: int, bits: int, overlapping: bool, s: Any, sums: Any) -> None:
+    """Add one run, columns ``start .. start + n - 1`` of ``ids[k, rows]``."""
+    k, reach = ids.shape[0], max(sums.overlaps.shape[0], sums.unions.shape[0] - 1)
+    s.table[:] = _U0
+    sums.used[:] = 0
+    chunk = _chunk(bits)
+    for begin in range(0, n, chunk):
+        s.seen[:] = False
+        for delay in range(0, reach, bits):
+            _scan_chunk(ids, start, n, begin, min(n, begin + chunk), delay, bits, overlapping, s, sums)
+    if reach:  # the uses of the last epoch are still in the table
+        for e in range(sums.counts.shape[0]):
+            sums.counts[e] += _popcount(s.table[e] >> np.uint64(bits))
+    else:
+        for r in range(k):
+            for t in range(start, start + n):
+                sums.counts[ids[r, t]] += 1
+    _finish_windows(k, n, overlapping, sums.used, sums.head, sums.tail, sums.unions)
+
+
+@njit(cache=True, nogil=True)
+def _scan_experts(
+    ids: Any, start: int, n: int, overlapping: bool, cell: Any, layer: Any, expert_windows: Any, last: Any
+) -> None:
     """Add, per expert and window length, the windows of one run that contain the expert.
 
-    ``expert_windows`` is ``[T, N]`` int64, ``last`` scratch ``[N]`` int64. With t the token, g the distance to the
-    expert's previous use (t + 1 at its first), an occurrence adds max(0, min(g, T) - max(0, t - (n - T))) windows.
+    ``expert_windows`` is ``[cells, L, T, N]`` int64, ``last`` scratch ``[N]`` int64. With t the token, g the distance
+    to the expert's previous use (t + 1 at its first), an occurrence adds max(0, min(g, T) - max(0, t - (n - T)))
+    windows.
     """
-    max_window = min(expert_windows.shape[0], n)
+    max_window = min(expert_windows.shape[2], n)
     last[:] = -1
     for t in range(n):
         for r in range(ids.shape[0]):
@@ -431,34 +510,35 @@ def _scan_experts(ids: Any, start: int, n: int, overlapping: bool, expert_window
                 for w in range(1, max_window + 1):
                     added = min(gap, w) - max(0, t - (n - w))
                     if added > 0:
-                        expert_windows[w - 1, e] += added
+                        expert_windows[cell, layer, w - 1, e] += added
             else:
                 for w in range(1, max_window + 1):
                     if t % w < gap and t < (n // w) * w:
-                        expert_windows[w - 1, e] += 1
+                        expert_windows[cell, layer, w - 1, e] += 1
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _rarefy(counts: Any, n: int, windows: Any, used: Any, absent: Any, expected_sum: Any, expert_expected: Any) -> None:
-    """Add the expectation of a within-request shuffle, weighted by the request's windows.
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _rarefy(left: float, inverse: Any, step: int, used: Any, absent: Any) -> float:
+    """Return the expected unique experts in ``step + 1`` of a request's n tokens, taken at random.
 
-    ``expected_sum[T - 1] += windows[T - 1] * sum_e(1 - C(n - c_e, T) / C(n, T))``; the same per expert goes to
-    ``expert_expected[T, N]`` unless that is empty. ``used`` and ``absent`` are scratch ``[N]`` float64.
+    That is sum_e 1 - C(n - c_e, T) / C(n, T) (Hurlbert, Ecology 52(4), 1971). Called for step 0, 1, … in turn:
+    ``absent`` keeps the probability that none of the tokens so far chose the expert, ``used`` is c_e, and there are
+    ``left`` = n - step tokens to draw from, ``inverse[step]`` = 1 / ``left``.
     """
-    for e in range(counts.shape[0]):
-        used[e] = np.int32(counts[e])  # 64-bit integers have no fast conversion
-        absent[e] = 1.0
-    for i in range(min(windows.shape[0], n)):
-        left = float(n - i)
-        inverse = 1.0 / left
-        total = 0.0
-        for e in range(counts.shape[0]):
-            absent[e] *= (left - used[e]) * inverse  # stays 0 once no token without the expert is left
-            total += absent[e]
-        expected_sum[i] += windows[i] * (counts.shape[0] - total)
-        if expert_expected.shape[0]:
-            for e in range(counts.shape[0]):
-                expert_expected[i, e] += windows[i] * (1.0 - absent[e])
+    total = 0.0
+    for e in range(used.shape[0]):
+        absent[e] *= (left - used[e]) * inverse[step]  # stays 0 once no token without the expert is left
+        total += absent[e]
+    return float(used.shape[0] - total)
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _coincidence(tokens: float, used: Any) -> float:
+    """Return the number of experts that two different tokens of a request share on average."""
+    same = 0.0
+    for e in range(used.shape[0]):
+        same += used[e] * (used[e] - 1.0)
+    return float(same / (tokens * max(1.0, tokens - 1.0)))
 
 
 @njit(cache=True, nogil=True)
@@ -514,92 +594,79 @@ def scan(
         State ``[cells, L, T, N]``, or of length 0 where it is not wanted: windows that contain each expert, and the
         expected number under a shuffle.
     """
-    k = ids.shape[0]
-    max_window = union_sum.shape[2]
-    max_lag = n_pairs.shape[2]
-    num_experts = counts.shape[2]
+    # A unit is summed up in scratch of its own and added to the state at its end. The loops below make no views of
+    # the arrays that threads share: each would count its references in one place, and the cores would wait for it.
+    k, num_experts = ids.shape[0], counts.shape[2]
+    max_window, max_lag = union_sum.shape[2], n_pairs.shape[2]
     per_expert = expert_windows.shape[0] > 0
-    reach = max(max_lag, max_window - 1)
-    blocks = (reach + bits - 1) // bits
-    # A chunk of tokens is a whole number of epochs (see _history) and at most 255 packed words (see _add_bit_counts).
-    epoch, per_word = 64 - bits, 64 // bits
-    chunk = 255 * per_word // epoch * epoch
-    width = chunk // per_word
-    words = np.zeros(k * width, np.uint64)
-    n_planes = 1
-    while (1 << n_planes) <= k:
-        n_planes += 1
-    planes = np.zeros(n_planes * width, np.uint64)
-    carry = np.zeros(width, np.uint64)
-    tables = np.zeros((2, blocks, num_experts), np.uint64)
-    seen = np.zeros((k, chunk), np.bool_) if max_window - 1 > bits else np.zeros((1, 1), np.bool_)
+    blocks = (max(max_lag, max_window - 1) + bits - 1) // bits
+    words = np.zeros((k + 3) // 4 * 4 * _ROW, np.uint64)
+    s = Scratch(
+        words,
+        words.view(np.uint16),
+        words.view(np.uint32),
+        np.zeros(16 * _ROW, np.uint64),
+        np.zeros(_ROW, np.uint64),
+        np.zeros(max(1, blocks) * num_experts, np.uint64),
+        np.zeros((k, _chunk(bits)) if max_window - 1 > bits else (1, 1), np.bool_),
+        np.zeros(bits, np.int64),
+    )
+    sums = Sums(
+        np.zeros(max_window, np.int64),
+        np.zeros((max_lag, k), np.int64),
+        np.zeros(rank0_repeats.shape[2], np.int64),
+        np.zeros(num_experts, np.int64),
+        np.zeros(max_window, np.int64),
+        np.zeros(max_window, np.int64),
+        np.zeros((max_window, max_window), np.int64),
+    )
     last = np.zeros(num_experts, np.int64)
-    unit_counts = np.zeros(num_experts, np.int64)
+    chosen, absent = np.zeros(num_experts), np.zeros(num_experts)
+    inverse = np.zeros(max_window)
     unit_windows = np.zeros(max_window, np.int64)
-    used = np.zeros(num_experts, np.float64)
-    absent = np.zeros(num_experts, np.float64)
-    no_experts = np.zeros((0, 0), np.float64)
-    lags = np.zeros(bits, np.int64)
-    reused = np.zeros(max_window, np.int64)
-    head = np.zeros(max_window, np.int64)
-    tail = np.zeros((max_window, max_window), np.int64)
+    unit_pairs = np.zeros(max_lag, np.int64)
     for u in range(units.shape[0]):
-        layer, cell, count_cell = units[u]
-        unit_counts[:] = 0
+        layer, cell, count_cell = np.uint64(units[u, 0]), np.uint64(units[u, 1]), np.uint64(units[u, 2])
         unit_windows[:] = 0
+        unit_pairs[:] = 0
+        sums.unions[:] = 0
+        sums.overlaps[:] = 0
+        sums.rank0[:] = 0
+        sums.counts[:] = 0
         tokens = 0
-        pairs = n_pairs[cell, layer]
         for run in range(unit_runs[u, 0], unit_runs[u, 1]):
             start, n = run_start[run], run_length[run]
             tokens += n
-            for window in range(1, min(max_window, n) + 1):
-                unit_windows[window - 1] += n - window + 1 if overlapping else n // window
-            _scan_run(
-                ids,
-                start,
-                n,
-                bits,
-                overlapping,
-                union_sum[cell, layer],
-                overlap_counts[cell, layer],
-                rank0_repeats[cell, layer],
-                unit_counts,
-                words,
-                planes,
-                carry,
-                tables,
-                seen,
-                lags,
-                reused,
-                head,
-                tail,
-            )
+            for i in range(min(max_window, n)):
+                unit_windows[i] += n - i if overlapping else n // (i + 1)
+            for i in range(min(max_lag, n - 1)):
+                unit_pairs[i] += n - 1 - i
+            _scan_run(ids, start, n, bits, overlapping, s, sums)
             if per_expert:
-                _scan_experts(ids, start, n, overlapping, expert_windows[cell, layer], last)
+                _scan_experts(ids, start, n, overlapping, cell, layer, expert_windows, last)
         for e in range(num_experts):
-            counts[count_cell, layer, e] += unit_counts[e]
-        for i in range(max_window):
-            n_windows[cell, layer, i] += unit_windows[i]
-            label_windows[count_cell, layer, i] += unit_windows[i]
-        _rarefy(
-            unit_counts,
-            tokens,
-            unit_windows,
-            used,
-            absent,
-            request_union_sum[cell, layer],
-            request_expert_windows[cell, layer] if per_expert else no_experts,
-        )
-        if max_lag > 0:
-            same = 0
-            for e in range(num_experts):
-                same += unit_counts[e] * (unit_counts[e] - 1)
-            coincident = same / (float(tokens) * float(max(1, tokens - 1)) * k)
-            for run in range(unit_runs[u, 0], unit_runs[u, 1]):
-                for d in range(1, min(max_lag, run_length[run] - 1) + 1):
-                    found = run_length[run] - d
-                    pairs[d - 1] += found
-                    request_overlap_sum[cell, layer, d - 1] += found * coincident
+            counts[count_cell, layer, e] += sums.counts[e]
+            chosen[e] = np.int32(sums.counts[e])  # 64-bit integers have no fast conversion
+            absent[e] = 1.0
+        for i in range(min(max_window, tokens)):
+            inverse[i] = 1.0 / (tokens - i)
+        for i in range(min(max_window, tokens)):
+            windows = unit_windows[i]
+            n_windows[cell, layer, i] += windows
+            label_windows[count_cell, layer, i] += windows
+            union_sum[cell, layer, i] += sums.unions[i]
+            request_union_sum[cell, layer, i] += windows * _rarefy(float(tokens - i), inverse, i, chosen, absent)
+            if per_expert:
+                for e in range(num_experts):
+                    request_expert_windows[cell, layer, i, e] += windows * (1.0 - absent[e])
+        coincident = _coincidence(float(tokens), chosen) / k
+        for i in range(max_lag):
+            n_pairs[cell, layer, i] += unit_pairs[i]
+            request_overlap_sum[cell, layer, i] += unit_pairs[i] * coincident
+            for v in range(k):
+                overlap_counts[cell, layer, i, v] += sums.overlaps[i, v]
+        for i in range(sums.rank0.shape[0]):
+            rank0_repeats[cell, layer, i] += sums.rank0[i]
 
 
 @njit(cache=True, nogil=True)

@@ -31,12 +31,9 @@ class Measurement:
     ) -> None:
         """Read ``blocks`` once; ``requests`` are the trace's requests in order."""
         self.meta, self.spec = meta, spec
-        accumulator = Accumulator(meta, spec, requests, threads)
-        try:
+        with Accumulator(meta, spec, requests, threads) as accumulator:
             for block in blocks:
                 accumulator.add(block)
-        finally:
-            accumulator.close()
         self.cells, self.state = accumulator.cells, accumulator.state
         self._longest_run = accumulator.longest_run
 

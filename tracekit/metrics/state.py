@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -298,17 +299,31 @@ class Accumulator:
         self._decode_start = requests["decode_start"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
         self._layer_index = np.full(max(meta.layers) + 1, -1, np.int64)
         self._layer_index[list(meta.layers)] = np.arange(len(meta.layers))
-        self._threads = max(1, min(threads, len(meta.layers)))
         self._scan = kernels.scan
         self._bits = kernels.word_bits(spec.max_lag, spec.max_window)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="tracekit-scan")
+        threads = max(1, min(threads, len(meta.layers)))
+        # Tasks own disjoint layers, so they write disjoint parts of the one state; several a thread even out.
+        self._tasks = [Lock() for _ in range(min(len(meta.layers), 4 * threads) if threads > 1 else 1)]
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tracekit-scan")
+        self._running: list[Future[None]] = []
 
-    def close(self) -> None:
-        """Stop the threads."""
-        self._pool.shutdown()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Finish the block that is being accumulated and stop the threads."""
+        try:
+            self._wait()
+        finally:
+            self._pool.shutdown()
+
+    def _wait(self) -> None:
+        running, self._running = self._running, []
+        for future in running:
+            future.result()
 
     def add(self, block: Block) -> None:
-        """Accumulate one block."""
+        """Accumulate one block; returns while it is being worked on, but not before the one before it is done."""
         request, layer, start, length, part = self._phase_runs(block)
         if not len(request):
             return
@@ -321,24 +336,25 @@ class Accumulator:
         units = np.stack([layers, self.cells.cell[request[first]], self.cells.count_cell[request[first]]], axis=1)
         state = [getattr(self.state, field.name) for field in fields(self.state)]
 
-        # Tasks own disjoint layers, so they write disjoint parts of the one state; several a thread even out.
-        tasks = min(len(self.meta.layers), 4 * self._threads) if self._threads > 1 else 1
-        task_of = layers * tasks // len(self.meta.layers)
+        task_of = layers * len(self._tasks) // len(self.meta.layers)
 
         def work(task: int) -> None:
             mine = task_of == task
-            self._scan(
-                block.ids,
-                np.ascontiguousarray(units[mine]),
-                np.ascontiguousarray(unit_runs[mine]),
-                start,
-                length,
-                self._bits,
-                self.spec.overlapping,
-                *state,
-            )
+            with self._tasks[task]:  # the block before may still be at these layers
+                self._scan(
+                    block.ids,
+                    np.ascontiguousarray(units[mine]),
+                    np.ascontiguousarray(unit_runs[mine]),
+                    start,
+                    length,
+                    self._bits,
+                    self.spec.overlapping,
+                    *state,
+                )
 
-        list(self._pool.map(work, range(tasks)))
+        running = [self._pool.submit(work, task) for task in range(len(self._tasks))]
+        self._wait()
+        self._running = running
 
     def _phase_runs(self, block: Block) -> tuple[NDArray[np.int64], ...]:
         """Cut the block's runs at the prompt's end and keep those of the phase: request, layer, start, n, part."""

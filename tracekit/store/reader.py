@@ -101,7 +101,7 @@ class Store:
     def blocks(self, trace: TraceInfo) -> Iterator[Block]:
         """Yield the trace's routing rows part by part; the next is made ready while one is worked on.
 
-        The ids of a block are overwritten after the next one: copy what is to be kept.
+        The ids of a block are overwritten after the next two: copy what is to be kept.
         """
         blocks = self._blocks(trace)
         with ThreadPoolExecutor(1, thread_name_prefix="tracekit-read") as pool:
@@ -118,12 +118,13 @@ class Store:
         paths = [self._path(s, part_name(i)) for s, i in parts]
         runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
         rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
-        # Two buffers take turns: fresh memory for every part would cost as much as decoding it.
+        # Buffers take turns, for fresh memory for every part would cost as much as decoding it: one is being filled,
+        # and the two blocks before it are being worked on.
         size = len(columns) * max((s.parts[i] for s, i in parts), default=0)
-        buffers = [np.empty(size, id_dtype(trace.meta.num_experts)) for _ in range(2)]
+        buffers = [np.empty(size, id_dtype(trace.meta.num_experts)) for _ in range(3)]
         for turn, ((segment, part), path) in enumerate(zip(parts, paths, strict=True)):
             expected, filled = segment.parts[part], 0
-            ids = buffers[turn % 2][: len(columns) * expected].reshape(len(columns), expected)
+            ids = buffers[turn % 3][: len(columns) * expected].reshape(len(columns), expected)
             while filled < expected:  # one row group a part, so this is one batch
                 try:
                     frame = next(rows)
