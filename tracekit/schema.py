@@ -52,9 +52,39 @@ class TraceMeta:
     native_top_k: int | None = None
     """The model's own k where the config says so; differs from ``top_k`` in a reduced run."""
     drafts_included: bool = False
-    """True where rows of rejected drafts are part of the trace."""
+    """True where verification steps with the rows of rejected drafts are kept beside the routing."""
+    histogram: bool = False
+    """True where the source holds counts per expert only: no tokens, no order; it feeds ``load`` alone."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Anything else worth keeping, JSON-serialisable (expert bytes per layer, notes)."""
+
+
+@dataclass(slots=True)
+class VerifySteps:
+    """The verification steps of speculative decoding of one request, rejected drafts included."""
+
+    start_pos: NDArray[np.int64]
+    """``[steps]`` position of row 0 of each step, the last committed token; its drafts follow it."""
+    n_rows: NDArray[np.int64]
+    """``[steps]`` tokens verified at once: 1 + drafts."""
+    n_accepted: NDArray[np.int64]
+    """``[steps]`` drafts accepted: rows ``0 .. n_accepted`` were kept, the others rejected."""
+    ids: NDArray[Any]
+    """Routed experts ``[sum of n_rows, layers, k]``, step by step."""
+    weights: NDArray[np.floating[Any]] | None = None
+    """Router weights, aligned with ``ids``."""
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts per expert of a source that keeps no tokens, in canonical form."""
+
+    request_id: str
+    counts: NDArray[np.int64]
+    """``[layers, num_experts]`` tokens that chose each expert; the layer axis follows ``TraceMeta.layers``."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    where: str = ""
+    """File and record it came from, for messages."""
 
 
 @dataclass(slots=True)
@@ -81,6 +111,8 @@ class Request:
     """Token id of each row ``[tokens]``."""
     weights: NDArray[np.floating[Any]] | None = None
     """Router weights ``[tokens, layers, k]``, aligned with ``ids``."""
+    steps: VerifySteps | None = None
+    """Verification steps with their rejected drafts, where the source has them; ``ids`` hold the kept rows."""
     where: str = ""
     """File and line or row it came from, for messages."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.schema import IdSpace
+from tracekit.schema import IdSpace, VerifySteps
 from tracekit.sources.config import ModelConfig
 
 AnyArray = NDArray[Any]
@@ -71,6 +71,8 @@ class RawRequest:
     tokens_by_row: bool = False
     """True where ``token_ids`` start with the first row instead."""
     weights: AnyArray | None = None
+    steps: VerifySteps | None = None
+    """Verification steps; their layer axis is that of ``ids``."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Candidate label fields."""
     layer_ids: tuple[int, ...] | None = None
@@ -90,6 +92,31 @@ class RawRequest:
     """Bytes of the file that have been read once this request is done, for the progress bar."""
 
 
+@dataclass(slots=True)
+class RawCounts:
+    """Counts per expert as a file tells them, before they are made canonical."""
+
+    where: str
+    """File, and record, for messages."""
+    counts: AnyArray
+    """``[layers, experts]`` tokens that chose each expert, any integer or integral float dtype."""
+    layer_ids: tuple[int, ...] | None = None
+    request_id: str | None = None
+    part: str | None = None
+    """Which of several unnamed records of the file this is."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Candidate label fields."""
+    top_k: int | None = None
+    model: str | None = None
+    engine: str | None = None
+    engine_version: str | None = None
+    id_space: IdSpace | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    consumed: int = 0
+    """Bytes of the file that have been read once this record is done, for the progress bar."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """One input format."""
@@ -101,8 +128,10 @@ class Reader:
     """One line that shows what such a source looks like."""
     sniff: Callable[[Path, bytes], bool]
     """Whether a file with this beginning is of the format."""
-    read: Callable[[Path, IngestOptions], Iterator[RawRequest]]
-    """Yield the requests of one file, in order."""
+    read: Callable[[Path, IngestOptions], Iterator[RawRequest | RawCounts]]
+    """Yield the requests (or the counts) of one file, in order."""
+    folder: Callable[[Path], bool] | None = None
+    """Whether a folder as a whole is one source of the format: ``read`` then gets the folder."""
 
 
 def scalar_text(value: object) -> str | None:
