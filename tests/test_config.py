@@ -70,11 +70,25 @@ def test_nested_and_listed_numbers():
         ({"num_experts": [16, 32, 16, 16, 16, 16]}, "differs between layers"),
         ({"first_k_dense_replace": "x"}, "first_k_dense_replace"),
         ({"first_k_dense_replace": 6}, "no layer with experts"),
+        ({"num_hidden_layers": 1 << 30}, "1 to 65536"),
+        ({"num_hidden_layers": 0}, "1 to 65536"),
     ],
 )
 def test_refused(fields, said):
     with pytest.raises(SourceError, match=said):
         config(**fields)
+
+
+def test_a_bundled_model_is_a_config_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_config("deepseek-ai/DeepSeek-V3")
+    assert (found.num_experts, found.top_k, found.moe_layers) == (256, 8, tuple(range(3, 61)))
+    assert found.name == "DeepSeek-V3"
+    (tmp_path / "DeepSeek-V3").mkdir()  # what is there goes before what is bundled
+    (tmp_path / "DeepSeek-V3" / "config.json").write_text(json.dumps(BASE))
+    assert load_config("DeepSeek-V3").num_experts == 16
+    with pytest.raises(SourceError, match="Did you mean 'DeepSeek-V3'"):
+        load_config("DeepSeek-V4")
 
 
 def test_files(tmp_path):

@@ -38,7 +38,7 @@ class TraceMeta:
     num_experts: int
     """N, routed experts per layer."""
     top_k: int
-    """k, routed experts per token in this trace."""
+    """k, routed experts per token in this trace; 0 where it is not known, which only counts may leave open."""
     layers: tuple[int, ...]
     """Layer numbers of the MoE layers, ascending, one per entry of the layer axis."""
     source_format: str
@@ -85,6 +85,11 @@ class Histogram:
     labels: Mapping[str, str] = field(default_factory=dict)
     where: str = ""
     """File and record it came from, for messages."""
+
+    @property
+    def label(self) -> str | None:
+        """The label as one string: the values of the label fields joined with `` / ``."""
+        return " / ".join(self.labels.values()) or None
 
 
 @dataclass(slots=True)

@@ -6,30 +6,37 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracekit.errors import SourceError, UsageError
-from tracekit.schema import Request, TraceMeta
-from tracekit.sources import arrays, bigmoe, llamacpp, sglang, vllm
-from tracekit.sources.base import IngestOptions, RawRequest, Reader
+from tracekit.schema import Histogram, Request, TraceMeta
+from tracekit.sources.base import IngestOptions, RawCounts, RawRequest, Reader, scalar_text
 from tracekit.sources.canonical import Canonical
 from tracekit.sources.config import ModelConfig, load_config
-from tracekit.sources.files import file_size, read_head, stem, walk
+from tracekit.sources.files import file_size, is_endless, read_head, stem, walk
+from tracekit.sources.readers import READERS, arrays
 from tracekit.sources.unsupported import unrecognised
+
+if TYPE_CHECKING:
+    import polars as pl
 
 __all__ = [
     "READERS",
     "IngestOptions",
     "ModelConfig",
+    "RawCounts",
     "RawRequest",
     "Reader",
     "Source",
     "detect",
+    "formats",
     "load_config",
     "open_source",
 ]
 
-READERS: dict[str, Reader] = {module.READER.name: module.READER for module in (arrays, bigmoe, llamacpp, sglang, vllm)}
-"""The readers by name, in the order in which they are tried."""
+
+LOOKED_AT = 10_000
+"""Files of a folder that are looked at in vain before it is refused: a disk is not a trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +61,59 @@ class Source:
         self._canonical = Canonical(options, files[0].reader.name)
         self._canonical.notes.extend(notes)
         self._stream = self._generate()
-        self._first: Request | None = next(self._stream, None)
-        if self._first is None or self._canonical.meta is None:
+        self._first: Request | Histogram | None = next(self._stream, None)
+        if self._first is None:
             raise SourceError("has no request with any routing", where=str(files[0].path))
-        self.meta: TraceMeta = self._canonical.meta
-        """What holds for the whole trace."""
+
+    @property
+    def meta(self) -> TraceMeta:
+        """What holds for the whole trace; whether drafts are included is known after the last request."""
+        assert self._canonical.meta is not None  # the first request made it
+        return self._canonical.meta
 
     @property
     def notes(self) -> list[str]:
         """Sentences for the user about what was noticed, left out or assumed; complete after the last request."""
         return self._canonical.notes
 
-    def requests(self) -> Iterator[Request]:
-        """Yield the requests in order; to be called once."""
+    def requests(self) -> Iterator[Request | Histogram]:
+        """Yield the requests in order, or the records of a source of counts; to be called once."""
         first, self._first = self._first, None
         if first is not None:
             yield first
             del first
             yield from self._stream
 
-    def _generate(self) -> Iterator[Request]:
+    def _generate(self) -> Iterator[Request | Histogram]:
         before = 0
         for file in self._files:
             for raw in file.reader.read(file.path, self._options):
                 name = file.request_id if raw.part is None else f"{file.request_id}/{raw.part}"
-                request = self._canonical.request(raw, name)
+                request = (
+                    self._canonical.counts(raw, name)
+                    if isinstance(raw, RawCounts)
+                    else self._canonical.request(raw, name)
+                )
                 self.done_bytes = before + min(raw.consumed, file.size)
                 if request is not None:
                     yield request
             before += file.size
             self.done_bytes = before
         self._canonical.finish()
+
+
+def formats() -> pl.DataFrame:
+    """Return the formats that can be ingested, in the order in which they are tried.
+
+    Returns
+    -------
+    polars.DataFrame
+        ``format`` (as ``source_format`` takes it), ``title``, and ``example``, one line that shows such a source.
+    """
+    import polars as pl
+
+    columns = {"format": "name", "title": "title", "example": "example"}
+    return pl.DataFrame({c: [getattr(reader, name) for reader in READERS.values()] for c, name in columns.items()})
 
 
 def detect(path: Path) -> Reader:
@@ -108,7 +137,7 @@ def open_source(paths: Sequence[Path | str], options: IngestOptions | None = Non
     Parameters
     ----------
     paths
-        Files, or folders whose files (sorted, recursively) are the requests.
+        Files; folders whose files (sorted, recursively) are the requests, or that are one source as a whole.
     options
         What the user says about them.
 
@@ -131,6 +160,18 @@ def open_source(paths: Sequence[Path | str], options: IngestOptions | None = Non
     for path in given:
         if not path.exists():
             raise SourceError("does not exist", where=str(path))
+        if is_endless(path):
+            raise SourceError(
+                "is a device or a pipe",
+                where=str(path),
+                expected="a file or a folder",
+                remedy="Save it to a file first",
+            )
+        whole = _whole(path, forced) if path.is_dir() else None
+        if whole is not None:
+            size = sum(file_size(file) for file in walk(path))
+            files.append(_File(path, whole, size, scalar_text(path.resolve().name) or "trace"))
+            continue
         found = _folder(path, forced, notes) if path.is_dir() else [(path, forced or detect(path))]
         for file, reader in found:
             relative = file if base in file.parents else file.absolute()
@@ -158,6 +199,12 @@ def _forced(name: str | None) -> Reader | None:
     return READERS[name]
 
 
+def _whole(folder: Path, forced: Reader | None) -> Reader | None:
+    """Return the reader that takes the folder as one source, if there is one."""
+    readers = READERS.values() if forced is None else [forced]
+    return next((reader for reader in readers if reader.folder is not None and reader.folder(folder)), None)
+
+
 def _folder(folder: Path, forced: Reader | None, notes: list[str]) -> list[tuple[Path, Reader]]:
     """Files of a folder that a reader takes; others (manifests, configs, notes) are named in a note."""
     found: list[tuple[Path, Reader]] = []
@@ -172,9 +219,12 @@ def _folder(folder: Path, forced: Reader | None, notes: list[str]) -> list[tuple
             raise unrecognised(path, head)
         else:
             others.append(path.relative_to(folder).as_posix())
+        if not found and len(others) == LOOKED_AT:
+            break
     if not found:
         raise SourceError(
-            "holds no file that a reader takes",
+            "holds no file that a reader takes"
+            + (f" among its first {LOOKED_AT:,}" if len(others) == LOOKED_AT else ""),
             where=str(folder),
             expected="arrays, responses or CSV traces",
             remedy="Name the file itself to see what is wrong with it",

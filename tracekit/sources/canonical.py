@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
-from tracekit.schema import IdSpace, Request, TraceMeta
+from tracekit.schema import Histogram, IdSpace, Request, TraceMeta, VerifySteps
 from tracekit.sources import checks
 from tracekit.sources.axes import Facts, Order, name_axes, resolve_axes
-from tracekit.sources.base import IngestOptions, RawRequest
+from tracekit.sources.base import IngestOptions, RawCounts, RawRequest
+from tracekit.sources.histograms import Counts, check_counts, checked_counts, is_rounded
 from tracekit.sources.layers import LayerPlan, check_layers, plan_layers
 from tracekit.sources.sidecar import PROMPT_LEN_KEYS, Entry, Sidecar, entry_count, labels_of
+from tracekit.sources.verification import checked_steps
 
 _MOST_EXPERTS = 1 << 16
 
 
 class Canonical:
-    """Turns the raw requests of a trace, one after the other, into canonical ones.
+    """Turns the raw requests (or counts) of a trace, one after the other, into canonical ones.
 
     The first request fixes what holds for the trace; a later one that differs is an error.
     """
@@ -35,6 +38,7 @@ class Canonical:
         self._layer_ids: tuple[int, ...] | None = None
         self._model: str | None = None
         self._weights = False
+        self._step_weights: bool | None = None
         self._seen: dict[str, str] = {}
 
     def request(self, raw: RawRequest, default_id: str) -> Request | None:
@@ -45,6 +49,69 @@ class Canonical:
         SourceError
             Saying what is wrong, in which file and request, and what to do.
         """
+        request_id, entry, where = self._named(raw, default_id)
+        if self.meta is not None and self.meta.histogram:
+            raise _mixed(where)
+        _check_array(raw, where)
+        _merge(raw, entry, request_id)
+        if 0 in raw.ids.shape:
+            self._note(f"requests without any row were left out (request {request_id!r} is the first)")
+            return None
+        order = self._axes(raw, where)
+        ids = np.transpose(raw.ids, order)
+        meta, plan = self._consistent(raw, ids, where)
+        first_pos, decode_start = self._phase(raw, len(ids), where)
+        ids = checks.checked_ids(plan.take(ids), meta.num_experts, meta.layers, where)
+        checks.refuse_filler(ids, meta.num_experts, where)
+        steps = self._steps(raw, meta, plan, where)
+        return Request(
+            request_id=request_id,
+            ids=ids,
+            first_pos=first_pos,
+            prompt_len=raw.prompt_len,
+            decode_start=decode_start,
+            positions=raw.positions,
+            labels=labels_of(self._options.label_fields, entry, raw.fields, self._options.labels, where),
+            token_ids=_row_tokens(raw, first_pos, len(ids), where),
+            weights=None
+            if raw.weights is None
+            else checks.checked_weights(plan.take(np.transpose(raw.weights, order)), meta.layers, where),
+            steps=steps,
+            where=raw.where,
+        )
+
+    def counts(self, raw: RawCounts, default_id: str) -> Histogram | None:
+        """Return canonical counts; None for a record without any.
+
+        Raises
+        ------
+        SourceError
+            Saying what is wrong, in which file and record, and what to do.
+        """
+        request_id, entry, where = self._named(raw, default_id)
+        counts = checked_counts(raw, where)
+        if not counts.any():
+            self._note(f"records without any count were left out (record {request_id!r} is the first)")
+            return None
+        meta, plan = self._consistent_counts(raw, counts, where)
+        exact = not is_rounded(raw.counts)
+        if not exact:
+            self._note(f"counts above {2 ** (np.finfo(raw.counts.dtype).nmant + 1):,} are rounded in the file")
+        check_counts(counts, plan, meta, where, exact=exact)
+        return Histogram(
+            request_id=request_id,
+            counts=np.ascontiguousarray(counts[list(plan.keep)]),
+            labels=labels_of(self._options.label_fields, entry, raw.fields, self._options.labels, where),
+            where=raw.where,
+        )
+
+    def finish(self) -> None:
+        """Check, after the last request, what only the whole source shows."""
+        if self._sidecar is not None:
+            self._sidecar.finish()
+
+    def _named(self, raw: RawRequest | RawCounts, default_id: str) -> tuple[str, Entry, str]:
+        """Return the id of a request or record, its entry in the sidecar, and how messages call it."""
         named = raw.request_id is not None or raw.part is None
         request_id = raw.request_id or default_id
         entry: Entry = {}
@@ -59,34 +126,7 @@ class Canonical:
         self._seen[request_id] = raw.where
         for note in raw.notes:
             self._note(note)
-        _check_array(raw, where)
-        _merge(raw, entry, request_id)
-        if 0 in raw.ids.shape:
-            self._note(f"requests without any row were left out (request {request_id!r} is the first)")
-            return None
-        order = self._axes(raw, where)
-        ids = np.transpose(raw.ids, order)
-        meta, plan = self._consistent(raw, ids, where)
-        first_pos, decode_start = self._phase(raw, len(ids), where)
-        ids = checks.checked_ids(plan.take(ids), meta.num_experts, meta.layers, where)
-        checks.refuse_filler(ids, meta.num_experts, where)
-        return Request(
-            request_id=request_id,
-            ids=ids,
-            first_pos=first_pos,
-            prompt_len=raw.prompt_len,
-            decode_start=decode_start,
-            positions=raw.positions,
-            labels=labels_of(self._options.label_fields, entry, raw.fields, self._options.labels, where),
-            token_ids=_row_tokens(raw, first_pos, len(ids), where),
-            weights=None if raw.weights is None else plan.take(np.transpose(raw.weights, order)),
-            where=raw.where,
-        )
-
-    def finish(self) -> None:
-        """Check, after the last request, what only the whole source shows."""
-        if self._sidecar is not None:
-            self._sidecar.finish()
+        return request_id, entry, where
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -117,7 +157,8 @@ class Canonical:
     def _consistent(self, raw: RawRequest, ids: NDArray[Any], where: str) -> tuple[TraceMeta, LayerPlan]:
         """Compare with the first request, or be it."""
         if self.meta is None or self._plan is None:
-            self._plan = plan_layers(ids, raw.layer_ids, self._options.config, where)
+            vllm = raw.engine_version if raw.engine == "vllm" else None
+            self._plan = plan_layers(ids, raw.layer_ids, self._options.config, where, vllm)
             self.meta = self._first(raw, ids, self._plan, where)
             self._layer_ids, self._model, self._weights = raw.layer_ids, raw.model, raw.weights is not None
             for note in self._plan.notes:
@@ -136,6 +177,74 @@ class Canonical:
         check_layers(plan, ids, where)
         return meta, plan
 
+    def _steps(self, raw: RawRequest, meta: TraceMeta, plan: LayerPlan, where: str) -> VerifySteps | None:
+        steps = None if raw.steps is None else checked_steps(raw.steps, plan, meta, where)
+        if steps is None:
+            return None
+        weighted = steps.weights is not None
+        if self._step_weights not in (None, weighted):
+            raise SourceError(
+                "router weights are in some requests' verification steps only",
+                where=where,
+                expected="in all, or in none",
+            )
+        self._step_weights = weighted
+        self.meta = replace(meta, drafts_included=True)
+        return steps
+
+    def _consistent_counts(self, raw: RawCounts, counts: Counts, where: str) -> tuple[TraceMeta, LayerPlan]:
+        """Compare with the first record, or be it."""
+        if self.meta is None or self._plan is None:
+            # A record is like one token that chose every expert as often as it was counted.
+            self._plan = plan_layers(counts[None], raw.layer_ids, self._options.config, where)
+            self.meta = self._first_counts(raw, counts, self._plan, where)
+            self._layer_ids, self._model = raw.layer_ids, raw.model
+            for note in self._plan.notes:
+                self._note(note)
+            return self.meta, self._plan
+        meta, plan = self.meta, self._plan
+        if not meta.histogram:
+            raise _mixed(where)
+        _same(raw.model, self._model, "model", where, "Ingest each model as its own trace.")
+        _same(counts.shape[1], meta.num_experts, "num_experts", where)
+        _same(raw.top_k, meta.top_k if raw.top_k is not None else None, "k", where)
+        _same(counts.shape[0], plan.size, "number of layers", where)
+        _same(raw.layer_ids, self._layer_ids, "layer ids", where)
+        return meta, plan
+
+    def _first_counts(self, raw: RawCounts, counts: Counts, plan: LayerPlan, where: str) -> TraceMeta:
+        options, config = self._options, self._options.config
+        if options.phase is not None:
+            raise SourceError(
+                f"--phase {options.phase}, but counts have no tokens that could be in a phase",
+                where=where,
+                remedy=f"Leave it out; --label phase={options.phase} keeps it as a label",
+            )
+        claims = {"--num-experts": options.num_experts, "the config": None if config is None else config.num_experts}
+        num_experts = _agree({**claims, "the counts": counts.shape[1]}, "experts per layer", where)
+        assert num_experts is not None
+        if num_experts > _MOST_EXPERTS:
+            raise SourceError(f"{num_experts} experts per layer", where=where, expected=f"1 to {_MOST_EXPERTS}")
+        native = None if config is None else config.top_k
+        top_k = _agree({"--top-k": options.top_k, "the source": raw.top_k}, "experts per token", where) or native
+        if top_k is None:
+            self._note("k is not known, so there are no numbers of tokens: give --top-k or --config to have them")
+        elif not 1 <= top_k <= num_experts:
+            raise SourceError(f"{top_k} experts per token of {num_experts}", where=where, expected="at least 1 of them")
+        return TraceMeta(
+            num_experts=num_experts,
+            top_k=top_k or 0,
+            layers=plan.numbers,
+            source_format=self._format,
+            model=raw.model or (None if config is None else config.name or config.model_type),
+            engine=raw.engine,
+            engine_version=raw.engine_version,
+            id_space=options.id_space or raw.id_space or "unknown",
+            native_top_k=native,
+            histogram=True,
+            extra=dict(raw.extra),
+        )
+
     def _first(self, raw: RawRequest, ids: NDArray[Any], plan: LayerPlan, where: str) -> TraceMeta:
         options, config = self._options, self._options.config
         top_k = ids.shape[2]
@@ -148,8 +257,6 @@ class Canonical:
                 where=where,
                 remedy="Fused shared experts add columns, and a wrong axis order or --config does this too",
             )
-        if native is not None and top_k < native:
-            self._note(f"a reduced run: {top_k} experts per token, the model's own number is {native}")
         model = raw.model or (None if config is None else config.name or config.model_type)
         routed = plan.take(ids)
         checks.refuse_argsort_view(routed, num_experts, where)
@@ -204,7 +311,6 @@ class Canonical:
         if ids.shape[2] == 1:
             return True
         if checks.is_sorted(ids, num_experts):
-            self._note("ids are stored sorted: router order is lost")
             return False
         if raw.router_order is None and raw.weights is not None:
             assert self._order is not None
@@ -240,6 +346,15 @@ class Canonical:
         if phase == "decode" and P is None:
             return first, first
         return first, P
+
+
+def _mixed(where: str) -> SourceError:
+    return SourceError(
+        "counts and routing in one source",
+        where=where,
+        expected="one kind of record in a trace",
+        remedy="Ingest them as separate traces",
+    )
 
 
 def _check_array(raw: RawRequest, where: str) -> None:

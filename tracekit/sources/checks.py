@@ -107,6 +107,33 @@ def _short(row: list[int]) -> str:
     return str(row) if len(row) <= 16 else str(row[:16])[:-1] + ", …]"
 
 
+def checked_weights(weights: NDArray[Any], layers: tuple[int, ...], where: str) -> NDArray[Any]:
+    """Return router weights ``[tokens, layers, k]`` as they are.
+
+    Raises
+    ------
+    SourceError
+        Naming token row, layer and value of the first that is negative, infinite or no number.
+    """
+    tokens, width, top_k = weights.shape
+    step, touched = max(1, CHUNK_IDS // (width * top_k)), 0
+    for start in range(0, tokens, step):
+        chunk = np.asarray(weights[start : start + step])
+        if not (chunk.min() >= 0 and chunk.max() < np.inf):
+            token, layer, rank = (int(i) for i in np.argwhere(~((chunk >= 0) & (chunk < np.inf)))[0])
+            raise SourceError(
+                f"router weight {chunk[token, layer, rank]:g}",
+                where=f"{where}, token row {start + token}, layer {layers[layer]}",
+                expected="finite weights from 0 on",
+                remedy="Logits are no weights: save what the experts are weighted with, or leave the weights out",
+            )
+        touched += chunk.nbytes
+        if touched >= RELEASE_BYTES:
+            release(weights)
+            touched = 0
+    return weights
+
+
 def refuse_filler(ids: Ids, num_experts: int, where: str) -> None:
     """Refuse an array whose last row is ``0 .. k-1`` in every layer: what trainers pad with."""
     _, width, top_k = ids.shape

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tracekit.errors import SourceError
+from tracekit.sources.bundled import closest, find
+from tracekit.sources.files import fault
 
+_MOST_LAYERS = 1 << 16
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 _TOP_K = (
@@ -51,22 +54,48 @@ class ModelConfig:
     moe_layers: tuple[int, ...] | None
     """Numbers of the MoE layers, ascending; None where the config has no rule that tracekit knows."""
     name: str | None = None
+    topk_method: str | None = None
+    """How DeepSeek-V2 chooses among groups of experts, where the config says it."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text, where the config says it."""
 
 
 def load_config(path: Path | str) -> ModelConfig:
-    """Read a Hugging Face ``config.json``.
+    """Read a Hugging Face ``config.json``, or take a bundled model by its name.
 
     Parameters
     ----------
     path
-        The file, or a folder that holds it.
+        The file, a folder that holds it, or the name of a bundled model where no such file exists.
 
     Raises
     ------
     SourceError
-        If the file cannot be read, is not such a config, or describes a dense model.
+        If the file cannot be read, is not such a config, or describes a dense model; if there is neither such a file
+        nor such a model.
+    """
+    document, where = load_document(path)
+    return parse_config(document, where=where)
+
+
+def load_document(path: Path | str) -> tuple[Mapping[str, Any], str]:
+    """Return the fields of a ``config.json`` or of a bundled model, and what to call it in messages.
+
+    Takes and raises what `load_config` does.
     """
     path = Path(path)
+    if not path.exists():
+        model = find(str(path))
+        if model is not None:
+            return {"_name_or_path": model.name, **model.config}, model.name
+        if path.suffix != ".json":
+            close = closest(str(path))
+            raise SourceError(
+                "is neither a file nor the name of a bundled model",
+                where=str(path),
+                expected="a model's config.json or one of `tracekit models`",
+                remedy=f"Did you mean {close!r}?" if close else None,
+            )
     if path.is_dir():
         path /= "config.json"
     try:
@@ -74,24 +103,37 @@ def load_config(path: Path | str) -> ModelConfig:
     except OSError as error:
         raise SourceError(f"cannot be read ({error.strerror})", where=str(path)) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"is not JSON ({error})", where=str(path), expected="a model's config.json") from error
+        raise SourceError(f"is not JSON ({fault(error)})", where=str(path), expected="a model's config.json") from error
     if not isinstance(document, dict):
         raise SourceError("is not a JSON object", where=str(path), expected="a model's config.json")
-    return parse_config(document, where=str(path))
+    return document, str(path)
+
+
+def flatten(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the language model at the top: those of ``text_config``, ``ffn_config`` and ``attn_config``.
+
+    A nested field wins over one of the same name above it, except for ``model_type``, which ``ffn_config`` repeats.
+    """
+    text = dict(document)
+    for key in ("text_config", "ffn_config", "attn_config"):
+        nested = text.get(key)
+        if isinstance(nested, dict):
+            keep = {} if key == "text_config" else {"model_type": text.get("model_type")}
+            text = {**text, **nested, **keep}
+    return text
 
 
 def parse_config(document: Mapping[str, Any], *, where: str = "config") -> ModelConfig:
     """Make a `ModelConfig` of a parsed ``config.json``; see `load_config`."""
-    nested = document.get("text_config")
-    text = {**document, **nested} if isinstance(nested, dict) else dict(document)
-    ffn = text.get("ffn_config")
-    routing = {**text, **ffn} if isinstance(ffn, dict) else text
-    layers = _count(text, _LAYERS, where)
+    text = flatten(document)
+    layers = count(text, _LAYERS, where)
     if layers is None:
         raise SourceError(
             "has no num_hidden_layers", where=where, expected="a model's config.json", remedy="Give the right --config"
         )
-    experts, per_layer = _experts(routing, layers, where)
+    if not 1 <= layers <= _MOST_LAYERS:
+        raise SourceError(f"has {layers} layers", where=where, expected=f"1 to {_MOST_LAYERS}")
+    experts, per_layer = _experts(text, layers, where)
     if experts is None or experts < 2:
         raise SourceError(
             f"describes a dense model ({text.get('model_type', 'no model_type')}: no routed experts)",
@@ -99,7 +141,7 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> Model
             expected="the config of a Mixture-of-Experts model",
             remedy="Give the --config of the model that was traced, or --num-experts",
         )
-    top_k = _count(routing, _TOP_K, where)
+    top_k = count(text, _TOP_K, where)
     if top_k is None:
         raise SourceError("does not say how many experts a token takes", where=where, expected="num_experts_per_tok")
     if not 1 <= top_k <= experts:
@@ -110,6 +152,7 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> Model
         if not moe_layers:
             raise SourceError("leaves no layer with experts", where=where)
     model_type, name = text.get("model_type"), document.get("_name_or_path")
+    method = text.get("topk_method")
     return ModelConfig(
         model_type=model_type if isinstance(model_type, str) else None,
         num_hidden_layers=layers,
@@ -117,7 +160,14 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> Model
         top_k=top_k,
         moe_layers=moe_layers,
         name=name if isinstance(name, str) and name else None,
+        topk_method=method if isinstance(method, str) else None,
+        eos_token_ids=_token_ids(text.get("eos_token_id")),
     )
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    values: list[Any] = value if isinstance(value, list) else [value]
+    return tuple(token for token in values if _is_int(token))
 
 
 def _is_int(value: object) -> bool:
@@ -136,7 +186,8 @@ def _one(values: list[Any], key: str, where: str) -> int | None:
     return distinct[0] if distinct else None
 
 
-def _count(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int | None:
+def count(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int | None:
+    """Return the whole number that a config gives under one of several names, or repeats layer by layer."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list):
@@ -163,7 +214,7 @@ def _experts(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | 
         if experts is not None:
             listed = tuple(i for i, n in enumerate(values) if n == experts) if len(values) == layers else None
             return experts, listed
-    return _count(config, _EXPERTS, where), None
+    return count(config, _EXPERTS, where), None
 
 
 def _moe_layers(config: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...] | None:

@@ -39,6 +39,11 @@ def reading(where: str) -> Iterator[None]:
         ) from error
 
 
+def fault(error: Exception) -> str:
+    """Return what a parser found wrong, without the advice that it gives to programmers."""
+    return str(error).partition("\n")[0].partition("; use sys.")[0].rstrip(".")
+
+
 def read_head(path: Path) -> bytes:
     """Return the beginning of a file; an empty one is an error."""
     with reading(str(path)), path.open("rb") as file:
@@ -78,14 +83,25 @@ def release(array: NDArray[Any]) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def walk(folder: Path) -> list[Path]:
-    """Files below a folder, sorted, without hidden ones."""
-    found: list[Path] = []
-    with reading(str(folder)):
-        for root, folders, names in os.walk(folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder in the order of their paths, without hidden ones and those that may never end."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return
+    for path in entries:
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if not path.is_symlink():
+                yield from walk(path)
+        elif not is_endless(path):
+            yield path
+
+
+def is_endless(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a socket: reading it may block, or never end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def stem(path: Path, base: Path) -> str:

@@ -1,4 +1,4 @@
-"""JSON documents and JSON lines, one value at a time."""
+"""JSON documents, JSON lines and streams of server-sent events, one value at a time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from tracekit.errors import SourceError
-from tracekit.sources.files import reading
+from tracekit.sources.files import fault, reading
 
 _LONGEST = 1 << 30
 """Longest single record that is read into memory."""
 _PIECE = 1 << 20
+_EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 Record = tuple[str, Any, int]
 """Where a value stands, the value, and the bytes read so far."""
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Yield the records of JSON arrays, of JSON lines, or of one JSON object.
+    """Yield the records of JSON arrays, of JSON lines, of one JSON object, or of server-sent events.
 
     Raises
     ------
@@ -28,7 +29,9 @@ def records(path: Path) -> Iterator[Record]:
         Naming the line (or the entry of an array) that is not JSON.
     """
     with reading(str(path)), path.open("rb") as file:
-        for where, value, done in (_entries if _first_byte(file) == b"[" else _lines)(file, str(path)):
+        first = _first_byte(file)
+        parse = _entries if first == b"[" else _lines if first == b"{" or not _at_event(file) else _events
+        for where, value, done in parse(file, str(path)):
             # A batch call's log has one list of responses a line.
             if isinstance(value, list):
                 yield from ((f"{where}, entry {i}", item, done) for i, item in enumerate(value))
@@ -36,9 +39,24 @@ def records(path: Path) -> Iterator[Record]:
                 yield where, value, done
 
 
-def first_record(path: Path) -> Any:
-    """Return the first record, None where there is none."""
-    return next((value for _, value, _ in records(path)), None)
+def first_object(path: Path, head: bytes) -> dict[str, Any] | None:
+    """Return the first record of what looks like JSON where it is an object, None for anything else."""
+    if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] not in (b"{", b"["):
+        return None
+    first = next((value for _, value, _ in records(path)), None)
+    return first if isinstance(first, dict) else None
+
+
+def is_events(head: bytes) -> bool:
+    """Whether a file that begins so is a stream of server-sent events, as ``curl`` leaves it."""
+    return head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(_EVENT_FIELDS)
+
+
+def _at_event(file: IO[bytes]) -> bool:
+    start = file.tell()
+    found = file.read(16).startswith(_EVENT_FIELDS)
+    file.seek(start)
+    return found
 
 
 def _first_byte(file: IO[bytes]) -> bytes:
@@ -57,7 +75,7 @@ def _parse(text: bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"is not JSON ({error})", where=where, expected="complete responses, one a line or in an array"
+            f"is not JSON ({fault(error)})", where=where, expected="complete responses, one a line or in an array"
         ) from error
 
 
@@ -78,6 +96,20 @@ def _lines(file: IO[bytes], name: str) -> Iterator[Record]:
             file.seek(start)
             value, where = _parse(file.read(_LONGEST), name), name
         yield where, value, file.tell()
+
+
+def _events(file: IO[bytes], name: str) -> Iterator[Record]:
+    """Server-sent events: their ``data:`` lines; servers of the OpenAI API end them with ``[DONE]``."""
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+        line = line.strip()
+        if not line or (line.startswith(_EVENT_FIELDS) and not line.startswith(b"data:")):
+            continue
+        where = f"{name}:{number}"
+        if not line.startswith(b"data:"):
+            raise SourceError(f"line {line[:40]!r} is no event", where=where, expected="data: lines of a stream")
+        data = line.removeprefix(b"data:").strip()
+        if data != b"[DONE]":
+            yield where, _parse(data, where), file.tell()
 
 
 def _entries(file: IO[bytes], name: str) -> Iterator[Record]:
@@ -104,6 +136,8 @@ def _entries(file: IO[bytes], name: str) -> Iterator[Record]:
                 raise SourceError("is nested too deeply", where=where) from error
             except json.JSONDecodeError:
                 pass  # perhaps only not complete yet
+            except ValueError as error:
+                raise SourceError(f"is not JSON ({fault(error)})", where=where) from error
         data = file.read(piece)
         if not data and not inside and at == len(buffer):
             return

@@ -53,9 +53,17 @@ def zero_layers(ids: NDArray[Any]) -> list[int]:
 
 
 def plan_layers(
-    ids: NDArray[Any], layer_ids: tuple[int, ...] | None, config: ModelConfig | None, where: str
+    ids: NDArray[Any],
+    layer_ids: tuple[int, ...] | None,
+    config: ModelConfig | None,
+    where: str,
+    vllm: str | None = None,
 ) -> LayerPlan:
     """Decide from the first request which layers are MoE layers.
+
+    vLLM 0.21 alone numbered the MoE layers from 0 without knowing of ``first_k_dense_replace``: the axis has every
+    layer, but the MoE layers stand at its front and the last entries are zero. That is mended where the config says
+    the same, or, without a config, where the engine is known to be 0.21.
 
     Parameters
     ----------
@@ -67,6 +75,8 @@ def plan_layers(
         The model's config where there is one.
     where
         For messages.
+    vllm
+        Version of vLLM where that is the engine and the version is known.
 
     Raises
     ------
@@ -74,12 +84,14 @@ def plan_layers(
         If nothing was captured, or zeros and config contradict each other.
     """
     _, size, top_k = ids.shape
-    refuse_all_zero(ids, where)
+    refuse_all_zero(ids, where, vllm)
     zero = zero_layers(ids) if top_k > 1 else []
     if layer_ids is not None:
         return _by_layer_ids(size, zero, layer_ids, config, where)
     if config is not None and config.moe_layers is not None:
-        return _by_config(ids, zero, config, config.moe_layers, where)
+        return _by_config(ids, zero, config, config.moe_layers, where, vllm)
+    if zero and _is_packing(vllm):
+        return _unpacked_by_version(size, zero, where)
     keep = tuple(entry for entry in range(size) if entry not in zero)
     notes = [_left_out(zero)] if zero else []
     if config is not None and size < config.num_hidden_layers:
@@ -87,8 +99,8 @@ def plan_layers(
     return LayerPlan(size, keep, keep, tuple(notes))
 
 
-def refuse_all_zero(ids: NDArray[Any], where: str) -> None:
-    """Refuse an array in which nothing was captured."""
+def refuse_all_zero(ids: NDArray[Any], where: str, vllm: str | None = None) -> None:
+    """Refuse an array in which nothing was captured, with the cause that this version of vLLM is known for."""
     tokens, size, top_k = ids.shape
     # With k = 1 a few zeros may be real routing, 64 of them are not.
     if top_k == 1 and tokens * size < 64:
@@ -102,8 +114,53 @@ def refuse_all_zero(ids: NDArray[Any], where: str) -> None:
         raise SourceError(
             "every id is 0: the engine returned the array but capture never ran",
             where=where,
-            remedy="vLLM 0.15 and monolithic kernels up to 0.26 do this: capture again with a newer version",
+            remedy=_why_zero(release(vllm)),
         )
+
+
+def _why_zero(version: tuple[int, int] | None) -> str:
+    if version is None:
+        return "vLLM 0.15 and monolithic kernels up to 0.26 do this: capture again with a newer version"
+    if version < (0, 16):
+        return "vLLM 0.15 binds its capture before the capture exists: use 0.16 or newer"
+    if version < (0, 27):
+        return "Monolithic (FlashInfer TRTLLM) kernels are captured since vLLM 0.27 only: use it, or another MoE kernel"
+    return "MoE kernels without a capture hook (other hardware's plug-ins) do this: capture with another MoE kernel"
+
+
+def release(version: str | None) -> tuple[int, int] | None:
+    """Major and minor number of a version such as ``0.21.0``; None where there is none."""
+    parts = [] if version is None else version.split(".")
+    if len(parts) < 2 or not all(part.isdecimal() and len(part) < 9 for part in parts[:2]):
+        return None
+    return int(parts[0]), int(parts[1])
+
+
+def _is_packing(vllm: str | None) -> bool:
+    return release(vllm) == (0, 21)
+
+
+def _packed(numbers: tuple[int, ...], size: int) -> LayerPlan:
+    """MoE layer j stands at entry j; the entries after the last one are empty."""
+    note = (
+        f"vLLM 0.21 packed the {len(numbers)} MoE layers to the front of the layer axis: "
+        f"they were put back to their numbers, {numbers[0]} to {numbers[-1]}"
+    )
+    return LayerPlan(size, tuple(range(len(numbers))), numbers, (note,))
+
+
+def _unpacked_by_version(size: int, zero: list[int], where: str) -> LayerPlan:
+    """Move the MoE layers of vLLM 0.21 behind the dense ones, where only leading layers can be the dense ones."""
+    if zero != list(range(size - len(zero), size)) or len(zero) * 2 >= size:
+        raise SourceError(
+            f"layers {zero[:16]} of vLLM 0.21 are all zero: their places do not say which layers are dense",
+            where=where,
+            expected="MoE layers packed to the front",
+            remedy="Give --config config.json of the model",
+        )
+    plan = _packed(tuple(range(len(zero), size)), size)
+    note = f"without a config the first {len(zero)} layers were taken for the dense ones: give --config to make sure"
+    return LayerPlan(plan.size, plan.keep, plan.numbers, (*plan.notes, note))
 
 
 def _left_out(entries: list[int] | tuple[int, ...]) -> str:
@@ -144,7 +201,12 @@ def _by_layer_ids(
 
 
 def _by_config(
-    ids: NDArray[Any], zero: list[int], config: ModelConfig, moe_layers: tuple[int, ...], where: str
+    ids: NDArray[Any],
+    zero: list[int],
+    config: ModelConfig,
+    moe_layers: tuple[int, ...],
+    where: str,
+    vllm: str | None,
 ) -> LayerPlan:
     size, top_k = ids.shape[1:]
     if size == config.num_hidden_layers:
@@ -161,14 +223,9 @@ def _by_config(
     dense = tuple(entry for entry in range(size) if entry not in keep)
     routed = [entry for entry in dense if entry not in zero] if top_k > 1 else []
     missing = [entry for entry in keep if entry in zero]
-    if routed and missing and missing == list(range(size - len(dense), size)):
-        raise SourceError(
-            f"the last {len(missing)} layers are zero while layers {routed}, dense by the config, are not: "
-            "vLLM 0.21 packed MoE layers to the front",
-            where=where,
-            expected="each layer's routing under its own number",
-            remedy="Capture again with vLLM 0.22 or newer",
-        )
+    # Every entry that the packing fills has routing, every entry that it leaves has none: no other fault does that.
+    if routed and zero == list(range(len(moe_layers), size)) and (release(vllm) is None or _is_packing(vllm)):
+        return _packed(moe_layers, size)
     if routed:
         raise SourceError(
             f"layers {routed[:16]} have routing but are dense by the config",

@@ -17,7 +17,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
-from tracekit.sources.files import IN_MEMORY, RELEASE_BYTES, allocate, file_size, reading, release
+from tracekit.sources.files import IN_MEMORY, RELEASE_BYTES, allocate, fault, file_size, reading, release
 
 MAGIC = b"\x93NUMPY"
 _DEFLATE_LIMIT = 1032
@@ -65,7 +65,9 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
         raise
     except Exception as error:  # a hostile header makes numpy's parser raise nearly anything
         raise SourceError(
-            f"has no readable npy header ({error})", where=where, expected="an array saved by numpy.save or numpy.savez"
+            f"has no readable npy header ({fault(error)})",
+            where=where,
+            expected="an array saved by numpy.save or numpy.savez",
         ) from error
     if dtype.hasobject:
         raise SourceError(
@@ -161,7 +163,7 @@ class Member:
     def load(self) -> NDArray[Any]:
         """Return the whole array; to be called once."""
         if self._info.compress_type == zipfile.ZIP_STORED:
-            return _map(self.path, self.header, self._data_offset() + self.header.offset)
+            return _map(self.path, self.header, stored_offset(self.path, self._info, self.where) + self.header.offset)
         self._refuse_bomb()
         flat = self._unpack(math.prod(self.shape))
         return flat.reshape(self.shape, order="F" if self.header.fortran else "C")
@@ -224,18 +226,25 @@ class Member:
                 remedy="If it is real, save it uncompressed with numpy.savez",
             )
 
-    def _data_offset(self) -> int:
-        """Where a stored member's bytes begin: its local header has its own name and extra field."""
-        with reading(self.where), self.path.open("rb") as file:
-            file.seek(self._info.header_offset)
-            local = file.read(30)
-            if len(local) != 30 or not local.startswith(b"PK\x03\x04"):
-                raise SourceError("has no local header: damaged archive", where=self.where)
-            name, extra = struct.unpack("<HH", local[26:30])
-            offset = self._info.header_offset + 30 + int(name) + int(extra)
-        if offset + self._info.compress_size > file_size(self.path):
-            raise SourceError("reaches beyond the end of the archive", where=self.where)
-        return offset
+
+def stored_offset(path: Path, info: zipfile.ZipInfo, where: str) -> int:
+    """Return where a stored member's bytes begin: its local header has its own name and extra field.
+
+    Raises
+    ------
+    SourceError
+        If the header is missing or the member reaches beyond the end of the archive.
+    """
+    with reading(where), path.open("rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(30)
+        if len(local) != 30 or not local.startswith(b"PK\x03\x04"):
+            raise SourceError("has no local header: damaged archive", where=where)
+        name, extra = struct.unpack("<HH", local[26:30])
+        offset = info.header_offset + 30 + int(name) + int(extra)
+    if offset + info.compress_size > file_size(path):
+        raise SourceError("reaches beyond the end of the archive", where=where)
+    return offset
 
 
 def open_npz(path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:

@@ -6,16 +6,28 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tracekit.errors import SourceError
 from tracekit.sources.base import scalar_text
-from tracekit.sources.jsonio import first_record
 
 Json = dict[str, Any]
 
-_PROTOCOL = frozenset({"request", "response", "body", "choices", "meta_info", "usage", "metrics", "sglext", "sgl_ext"})
+_PROTOCOL = frozenset(
+    {
+        "request",
+        "response",
+        "body",
+        "choices",
+        "meta_info",
+        "usage",
+        "metrics",
+        "sglext",
+        "sgl_ext",
+        "nvext",
+        "engine_data",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +37,10 @@ class Exchange:
     request: Json
     response: Json
     fields: Mapping[str, str]
+    logged: bool = False
+    """Whether the record holds the request, so that what it does not ask for was not asked for."""
+    streamed: bool = False
+    """Whether the response was put together from the chunks of a stream."""
 
 
 def unwrap(record: Any, where: str) -> Exchange:
@@ -32,13 +48,14 @@ def unwrap(record: Any, where: str) -> Exchange:
     if not isinstance(record, dict):
         raise SourceError(f"is a {type(record).__name__}, not an object", where=where, expected="a response")
     request: Json = {}
+    logged = False
     response: Json = record
     while "choices" not in response and "meta_info" not in response:
         inner = response.get("response", response.get("body"))
         if not isinstance(inner, dict):
             break
         if isinstance(response.get("request"), dict):
-            request = response["request"]
+            request, logged = response["request"], True
         response = inner
     if isinstance(request.get("body"), dict):
         request = request["body"]
@@ -49,15 +66,7 @@ def unwrap(record: Any, where: str) -> Exchange:
             text = scalar_text(value)
             if text is not None and key not in fields:
                 fields[key] = text
-    return Exchange(request, response, fields)
-
-
-def sniff_record(path: Path, head: bytes) -> Json | None:
-    """Return the first response of what looks like JSON, None for anything else."""
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
-        return None
-    record = first_record(path)
-    return unwrap(record, str(path)).response if isinstance(record, dict) else None
+    return Exchange(request, response, fields, logged)
 
 
 def count(source: Mapping[str, Any], key: str, where: str) -> int | None:
@@ -84,6 +93,18 @@ def mapping(source: Mapping[str, Any], key: str) -> Json:
     """Return a nested object, an empty one where there is none."""
     value = source.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def asked(exchange: Exchange, *keys: str, where: str) -> int | None:
+    """Return a count that the request asked for: on top, among its sampling parameters, or in an extension."""
+    request = exchange.request
+    nested = (mapping(request, key) for key in ("sampling_params", "nvext", "extra_body"))
+    for source in (request, *nested):
+        for key in keys:
+            value = count(source, key, where)
+            if value is not None:
+                return value
+    return None
 
 
 def choices(response: Json, where: str) -> list[Json]:

@@ -1,4 +1,14 @@
-"""Reader of SGLang responses: base64 of raw int32, without a shape, in ``meta_info.routed_experts``."""
+"""Reader of SGLang responses: base64 of raw int32, without a shape, in ``meta_info.routed_experts``.
+
+Besides the native form (``/generate``, also streamed or in lists) the string stands in the OpenAI form: in ``sglext``
+(or ``sgl_ext``) beside the choices or in one, in ``choices[].meta_info``, or, behind Dynamo, in
+``nvext.routed_experts`` or ``engine_data.routed_experts``. A string beside several choices is the first one's. Choices
+that each have their own string repeat the prompt; its rows are kept once, with the first choice, as
+`tracekit.sources.choices` explains.
+
+A start (``routed_experts_start_len``) is taken from the logged request or the sidecar, never inferred: the number of
+rows is the only check that the config is that of the model that was served.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +21,23 @@ import numpy as np
 
 from tracekit.errors import SourceError
 from tracekit.sources.base import AnyArray, IngestOptions, RawRequest, Reader
-from tracekit.sources.jsonio import records
+from tracekit.sources.choices import drop_prompt
 from tracekit.sources.responses import (
     Exchange,
     Json,
+    asked,
     choices,
     count,
     decode_base64,
     mapping,
-    sniff_record,
     token_list,
-    unwrap,
 )
+from tracekit.sources.streams import exchanges, sniff_record
 
 _FIELD = "routed_experts"
 _START = "routed_experts_start_len"
 _EXTENSIONS = ("sglext", "sgl_ext")
+_OTHERS = ("k05VTVBZ", "nrlre1:")
 
 
 def is_sglang(response: Json) -> bool:
@@ -34,8 +45,17 @@ def is_sglang(response: Json) -> bool:
     if "meta_info" in response or any(key in response for key in _EXTENSIONS):
         return True
     found = response.get("choices")
-    first = found[0] if isinstance(found, list) and found else None
-    return isinstance(first, dict) and ("meta_info" in first or any(key in first for key in _EXTENSIONS))
+    parts = [response, *(part for part in found if isinstance(part, dict))] if isinstance(found, list) else []
+    return any("meta_info" in part or _extension(part) is not None for part in parts)
+
+
+def _extension(part: Json) -> str | None:
+    """Return the string that an extension of a response or of a choice holds."""
+    nvext = mapping(part, "nvext")
+    places = [*(mapping(part, key) for key in _EXTENSIONS), nvext]
+    places += [mapping(part, "engine_data"), mapping(nvext, "engine_data")]
+    found = next((place[_FIELD] for place in places if isinstance(place.get(_FIELD), str)), None)
+    return None if found is None or found.startswith(_OTHERS) else found
 
 
 def _sniff(path: Path, head: bytes) -> bool:
@@ -44,10 +64,13 @@ def _sniff(path: Path, head: bytes) -> bool:
 
 
 def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
-    for number, (where, record, done) in enumerate(records(path)):
-        captures = list(_captures(unwrap(record, where), where))
+    for where, part, exchange, done in exchanges(path):
+        captures = list(_captures(exchange, where))
         for i, found in enumerate(captures):
-            yield _request(found, options, str(number) if len(captures) == 1 else f"{number}/{i}", done)
+            raw = _request(found, options, part if len(captures) == 1 else f"{part}/{i}", done)
+            if i > 0:
+                drop_prompt(raw)
+            yield raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +96,8 @@ def _captures(exchange: Exchange, where: str) -> Iterator[_Capture]:
     if "choices" not in response:
         meta = mapping(response, "meta_info")
         prompt, output = token_list(exchange.request, "input_ids"), token_list(response, "output_ids")
+        if output is not None and len(output) != meta.get("completion_tokens", len(output)):
+            output = None  # the last chunk of a stream that sends its tokens one by one
         yield _Capture(
             where,
             meta.get(_FIELD),
@@ -101,19 +126,18 @@ def _captures(exchange: Exchange, where: str) -> Iterator[_Capture]:
         )
     if own:
         return
-    # The extension stands beside the choices and belongs to the first one, whose own length n > 1 hides.
-    extension = next((mapping(s, key) for s in (response, found[0]) for key in _EXTENSIONS if mapping(s, key)), {})
+    # An extension beside the choices belongs to the first one, whose own length n > 1 hides.
+    holders = [response] if _extension(response) is not None else found
+    data = next((text for part in holders if (text := _extension(part)) is not None), None)
     output_len = count(usage, "completion_tokens", where) if len(found) == 1 else None
-    yield _Capture(
-        where, extension.get(_FIELD), name, count(usage, "prompt_tokens", where), output_len, None, model, exchange
-    )
+    yield _Capture(where, data, name, count(usage, "prompt_tokens", where), output_len, None, model, exchange)
 
 
 def _request(found: _Capture, options: IngestOptions, part: str, done: int) -> RawRequest:
     where = found.where
     if not isinstance(found.data, str) or not found.data:
         raise SourceError(
-            "is a response without routing",
+            "is a stream without routing" if found.exchange.streamed else "is a response without routing",
             where=where,
             expected="base64 in meta_info.routed_experts",
             remedy="Start SGLang with --enable-return-routed-experts and ask for return_routed_experts",
@@ -123,7 +147,7 @@ def _request(found: _Capture, options: IngestOptions, part: str, done: int) -> R
         kind = "a .npy" if data.startswith(b"\x93NUMPY") else f"{len(data)} bytes"
         raise SourceError(f"routed_experts is {kind}", where=where, expected="raw 32-bit integers, as SGLang returns")
     flat: AnyArray = np.frombuffer(data, "<i4")
-    start = count(found.exchange.request, _START, where)
+    start = asked(found.exchange, _START, "routed_experts_prompt_start", where=where)
     expected = None
     if found.prompt_len is not None and found.output_len is not None:
         expected = found.prompt_len + found.output_len - 1

@@ -1,25 +1,28 @@
-"""Reader of numpy arrays ``[tokens, layers, k]``: ``.npy``, and ``.npz`` of one request or many."""
+"""Reader of arrays ``[tokens, layers, k]``: ``.npy``, ``.npz``, ``.safetensors`` and ``.pt``, one request or many."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
-from tracekit.sources.base import IngestOptions, RawRequest, Reader, scalar_text
-from tracekit.sources.files import file_size, reading
-from tracekit.sources.npy import MAGIC, Member, map_npy, npy_shape, open_npz
+from tracekit.sources.base import IngestOptions, RawRequest, Reader
+from tracekit.sources.batches import SIDE_KEYS, cut_batch
+from tracekit.sources.bundle import TORCH_VALUES, Bundle, Item, as_item
+from tracekit.sources.files import file_size, read_head, reading
+from tracekit.sources.npy import MAGIC, map_npy, npy_shape, open_npz
+from tracekit.sources.safetensors import is_safetensors, read_safetensors
+from tracekit.sources.torchfile import is_torch, load_torch
 
 ID_KEYS = ("routed_experts", "expert_ids", "topk_ids", "indices", "rollout_routed_experts")
 PROMPT_KEY = "prompt_routed_experts"
 _LAYER_KEYS = ("layer_ids", "moe_layer_ids")
 _NAME_KEYS = ("request_ids", "request_id")
-_KNOWN = frozenset({*ID_KEYS, PROMPT_KEY, *_LAYER_KEYS, "router_weights", "token_ids", "prompt_token_ids"})
-_LARGEST_TEXT = 1 << 26
+_KNOWN = frozenset({*ID_KEYS, PROMPT_KEY, *_LAYER_KEYS, "router_weights", "token_ids", "prompt_token_ids", *SIDE_KEYS})
 _SHAPES_LOOKED_AT = 32
 
 _GiveRows = Callable[[int], NDArray[Any]]
@@ -28,6 +31,13 @@ _GiveRows = Callable[[int], NDArray[Any]]
 def _sniff(path: Path, head: bytes) -> bool:
     if head.startswith(MAGIC):
         return True
+    if is_safetensors(head):
+        return any(key in read_safetensors(path)[0] for key in (*ID_KEYS, PROMPT_KEY))
+    if is_torch(path, head):
+        content = load_torch(path)
+        if isinstance(content, dict):
+            return any(key in content for key in (*ID_KEYS, PROMPT_KEY))
+        return isinstance(content, TORCH_VALUES) and len(content.shape) >= 3
     if not head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return False
     try:
@@ -42,14 +52,56 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
     with reading(str(path)), path.open("rb") as file:
         is_npy = file.read(len(MAGIC)) == MAGIC
     if is_npy:
-        yield RawRequest(where=str(path), ids=map_npy(path), consumed=file_size(path))
-        return
-    with reading(str(path)), _Side(path) as side:
-        lens = side.array("request_lens")
-        if lens is None:
-            yield _one(path, side)
+        ids = map_npy(path)
+        if ids.ndim == 4:
+            yield from _batch(None, ids, options, str(path))
         else:
+            yield RawRequest(where=str(path), ids=ids, consumed=file_size(path))
+        return
+    with reading(str(path)), Bundle(path, read_head(path)) as side:
+        lens = side.array("request_lens")
+        if lens is not None:
             yield from _many(path, side, _lengths(lens, side.where), options)
+            return
+        items = _id_items(side)
+        if len(items) == 1 and len(items[0].shape) == 4:
+            yield from _batch(side, items[0].load(), options)
+        else:
+            yield _one(path, side, items)
+
+
+def _batch(side: Bundle | None, ids: NDArray[Any], options: IngestOptions, where: str = "") -> Iterator[RawRequest]:
+    """Cut a padded batch into its requests; ``options.axes`` may not reorder it."""
+    where = where if side is None else side.where
+    if options.axes not in (None, "tlk"):
+        raise SourceError(
+            f"a batch of shape {ids.shape} with --axes {options.axes}",
+            where=where,
+            expected="[requests, tokens, layers, k]",
+            remedy="Transpose it before saving",
+        )
+    beside: dict[str, NDArray[Any]] = {}
+    if side is not None:
+        found = {key: side.array(key) for key in SIDE_KEYS}
+        beside = {key: array for key, array in found.items() if array is not None and array.dtype.kind in "uib"}
+    layer_ids = None if side is None else layer_ids_of(side)
+    num_experts = None if side is None else side.scalar("num_experts")
+    fields = {} if side is None else {key: values[0] for key, values in side.texts(None, _KNOWN).items()}
+    size = 0 if side is None else file_size(side.path)
+    for i, cut in enumerate(cut_batch(ids, beside, where)):
+        yield RawRequest(
+            where=where,
+            ids=ids[i, cut.first : cut.last],
+            part=str(i),
+            axes="tlk",
+            prompt_len=cut.prompt_len,
+            token_ids=cut.token_ids,
+            fields=fields,
+            layer_ids=layer_ids,
+            num_experts=num_experts,
+            model=fields.get("model"),
+            consumed=size * (i + 1) // ids.shape[0],
+        )
 
 
 def _lengths(lens: NDArray[Any], where: str) -> list[int]:
@@ -63,100 +115,43 @@ def _lengths(lens: NDArray[Any], where: str) -> list[int]:
     return counts
 
 
-class _Side:
-    """What an ``.npz`` holds: the ids and everything beside them."""
+def layer_ids_of(side: Bundle) -> tuple[int, ...] | None:
+    """Return the layer numbers that a file gives beside its routing."""
+    for key in _LAYER_KEYS:
+        array = side.ints(key)
+        if array is not None:
+            return tuple(int(n) for n in array.reshape(-1))
+    return None
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.where = path, str(path)
-        self.archive, self.members = open_npz(path)
-        self._open: dict[str, Member] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for member in self._open.values():
-            member.close()
-        self.archive.close()
-
-    def member(self, key: str) -> Member | None:
-        if key not in self.members:
-            return None
-        if key not in self._open:
-            self._open[key] = Member(self.path, self.archive, self.members[key])
-        return self._open[key]
-
-    def array(self, key: str) -> NDArray[Any] | None:
-        member = self.member(key)
-        return None if member is None else member.load()
-
-    def ints(self, key: str) -> NDArray[np.int64] | None:
-        array = self.array(key)
-        if array is None:
-            return None
-        if array.dtype.kind not in "ui" or array.ndim > 1:
-            raise SourceError(
-                f"{key} is {array.dtype} of shape {array.shape}", where=self.where, expected="whole numbers, one axis"
-            )
-        if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-            raise SourceError(f"{key} holds {array.max()}", where=self.where, expected="numbers that fit 63 bits")
-        return array.astype(np.int64)
-
-    def scalar(self, key: str) -> int | None:
-        array = self.ints(key)
-        if array is None:
-            return None
-        if array.size != 1:
-            raise SourceError(f"{key} has {array.size} entries", where=self.where, expected="one number")
-        return int(array.reshape(-1)[0])
-
-    def layer_ids(self) -> tuple[int, ...] | None:
-        for key in _LAYER_KEYS:
-            array = self.ints(key)
-            if array is not None:
-                return tuple(int(n) for n in array.reshape(-1))
-        return None
-
-    def id_members(self) -> list[Member]:
-        """Return the routing array, or the prompt part and the output part to be joined."""
-        keys = [key for key in ID_KEYS if key in self.members]
-        if len(keys) > 1:
-            raise SourceError(
-                f"holds {len(keys)} routing arrays: {', '.join(keys)}", where=self.where, expected="one of them"
-            )
-        if PROMPT_KEY in self.members:
-            keys.insert(0, PROMPT_KEY)
-        if keys:
-            return [member for key in keys if (member := self.member(key)) is not None]
-        others = {key: member for key in self.members if (member := self.member(key)) is not None}
-        cubes = [member for member in others.values() if len(member.shape) == 3 and member.dtype.kind in "ui"]
-        if len(cubes) == 1:
-            return cubes
-        held = ", ".join(f"{key} {member.shape}" for key, member in others.items())
+def _id_items(side: Bundle) -> list[Item]:
+    """Return the routing array, or the prompt part and the output part to be joined."""
+    keys = [key for key in ID_KEYS if key in side]
+    if len(keys) > 1:
         raise SourceError(
-            f"holds no routing array ({held or 'no arrays at all'})",
-            where=self.where,
-            expected=f"one named {', '.join(ID_KEYS)}",
+            f"holds {len(keys)} routing arrays: {', '.join(keys)}", where=side.where, expected="one of them"
         )
+    if PROMPT_KEY in side:
+        keys.insert(0, PROMPT_KEY)
+    if keys:
+        return [item for key in keys if (item := side.item(key)) is not None]
+    single = as_item(side.content, side.where)
+    if single is not None:
+        return [single]
+    others = {key: item for key in side.names() if (item := side.item(key)) is not None}
+    cubes = [item for item in others.values() if len(item.shape) in (3, 4) and item.dtype.kind in "ui"]
+    if len(cubes) == 1:
+        return cubes
+    held = ", ".join(f"{key} {item.shape}" for key, item in list(others.items())[:16])
+    raise SourceError(
+        f"holds no routing array ({held or 'no arrays at all'})",
+        where=side.where,
+        expected=f"one named {', '.join(ID_KEYS)}",
+    )
 
-    def texts(self, requests: int | None) -> dict[str, list[str]]:
-        """Strings beside the ids: scalars, and arrays with one entry per request."""
-        found: dict[str, list[str]] = {}
-        for key, info in self.members.items():
-            if info.file_size > _LARGEST_TEXT or not info.filename.endswith(".npy") or key in _KNOWN:
-                continue
-            member = self.member(key)
-            if member is None or member.dtype.kind not in "US":
-                continue
-            if member.shape != () and (requests is None or member.shape != (requests,)):
-                continue
-            values = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in member.load().reshape(-1)]
-            found[key] = [scalar_text(str(v)) or "" for v in values]
-        return found
 
-
-def _one(path: Path, side: _Side) -> RawRequest:
-    parts = [member.load() for member in side.id_members()]
+def _one(path: Path, side: Bundle, items: Sequence[Item]) -> RawRequest:
+    parts = [item.load() for item in items]
     prompt_rows = None
     if len(parts) == 2:
         prompt, output = parts
@@ -168,7 +163,7 @@ def _one(path: Path, side: _Side) -> RawRequest:
         ids: NDArray[Any] = np.concatenate(parts)
     else:
         ids = parts[0]
-        prompt_rows = len(ids) if PROMPT_KEY in side.members and ids.ndim == 3 else None
+        prompt_rows = len(ids) if PROMPT_KEY in side and ids.ndim == 3 else None
     prompt_ids = side.ints("prompt_token_ids")
     prompt_len = _agreed(
         side.where,
@@ -176,8 +171,8 @@ def _one(path: Path, side: _Side) -> RawRequest:
         prompt_token_ids=None if prompt_ids is None else prompt_ids.size,
         **{PROMPT_KEY: prompt_rows},
     )
-    texts = {key: values[0] for key, values in side.texts(None).items()}
-    weights = side.member("router_weights")
+    texts = {key: values[0] for key, values in side.texts(None, _KNOWN).items()}
+    weights = side.item("router_weights")
     if weights is not None and weights.shape != ids.shape:
         raise SourceError(f"router_weights {weights.shape} beside ids {ids.shape}", where=side.where)
     raw = RawRequest(
@@ -189,7 +184,7 @@ def _one(path: Path, side: _Side) -> RawRequest:
         output_len=side.scalar("output_len"),
         weights=None if weights is None else weights.load(),
         fields=texts,
-        layer_ids=side.layer_ids(),
+        layer_ids=layer_ids_of(side),
         num_experts=side.scalar("num_experts"),
         model=texts.get("model"),
         consumed=file_size(path),
@@ -241,8 +236,8 @@ def _is_whole(ids: NDArray[Any], tokens: NDArray[np.int64], prompt_len: int, pro
     return prompt is None or bool((tokens[:prompt_len] == prompt).all())
 
 
-def _many(path: Path, side: _Side, lens: Sequence[int], options: IngestOptions) -> Iterator[RawRequest]:
-    members = side.id_members()
+def _many(path: Path, side: Bundle, lens: Sequence[int], options: IngestOptions) -> Iterator[RawRequest]:
+    members = _id_items(side)
     if len(members) > 1:
         raise SourceError(f"joins {PROMPT_KEY} with request_lens, which is not a known layout", where=side.where)
     ids, count, total = members[0], len(lens), sum(lens)
@@ -251,11 +246,11 @@ def _many(path: Path, side: _Side, lens: Sequence[int], options: IngestOptions) 
     for key, values in per_request.items():
         if values is not None and values.size not in (1, count):
             raise SourceError(f"{key} has {values.size} entries for {count} requests", where=side.where)
-    texts = side.texts(count)
-    weights = side.member("router_weights")
+    texts = side.texts(count, _KNOWN)
+    weights = side.item("router_weights")
     if weights is not None and weights.shape != ids.shape:
         raise SourceError(f"router_weights {weights.shape} beside ids {ids.shape}", where=side.where)
-    layer_ids, num_experts = side.layer_ids(), side.scalar("num_experts")
+    layer_ids, num_experts = layer_ids_of(side), side.scalar("num_experts")
     next_tokens = _token_rows(side, count, total)
     next_ids = _row_giver(ids, axis)
     next_weights = None if weights is None else _row_giver(weights, axis)
@@ -292,7 +287,7 @@ def _many(path: Path, side: _Side, lens: Sequence[int], options: IngestOptions) 
         yield raw
 
 
-def _token_axis(ids: Member, total: int, options: IngestOptions, where: str) -> int:
+def _token_axis(ids: Item, total: int, options: IngestOptions, where: str) -> int:
     """Return the axis that request_lens cuts: the one whose size it adds up to."""
     if len(ids.shape) != 3:
         raise SourceError(f"ids have shape {ids.shape}", where=where, expected="three axes [tokens, layers, k]")
@@ -309,7 +304,7 @@ def _token_axis(ids: Member, total: int, options: IngestOptions, where: str) -> 
     return axis
 
 
-def _row_giver(member: Member, axis: int) -> _GiveRows:
+def _row_giver(member: Item, axis: int) -> _GiveRows:
     if axis == 0:
         return member.rows()
     array, done = member.load(), 0
@@ -322,7 +317,7 @@ def _row_giver(member: Member, axis: int) -> _GiveRows:
     return give
 
 
-def _token_rows(side: _Side, count: int, total: int) -> _GiveRows | None:
+def _token_rows(side: Bundle, count: int, total: int) -> _GiveRows | None:
     """Token ids of many requests: one a row, or one more a request (its last sampled token)."""
     tokens = side.ints("token_ids")
     if tokens is None:
@@ -354,10 +349,10 @@ def varying_axis(paths: Sequence[Path]) -> int | None:
         if path.suffix == ".npy":
             shapes.add(npy_shape(path))
             continue
-        with _Side(path) as side:
-            if "request_lens" in side.members:
+        with Bundle(path, read_head(path)) as side:
+            if "request_lens" in side:
                 return None
-            shapes.update(member.shape for member in side.id_members())
+            shapes.update(item.shape for item in _id_items(side))
     if len(shapes) < 2 or {len(shape) for shape in shapes} != {3}:
         return None
     axes = [axis for axis in range(3) if len({shape[axis] for shape in shapes}) > 1]
@@ -368,7 +363,7 @@ def varying_axis(paths: Sequence[Path]) -> int | None:
 
 READER = Reader(
     name="arrays",
-    title="numpy arrays [tokens, layers, k]: .npy, .npz, or a folder of them",
+    title="arrays [tokens, layers, k], or verl's [requests, tokens, layers, k]: .npy, .npz, .safetensors, .pt, folders",
     example="numpy.savez('req0.npz', routed_experts=ids, prompt_len=P, token_ids=tokens)",
     sniff=_sniff,
     read=_read,
