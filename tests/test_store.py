@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 
 import tracekit as tk
-from tracekit.errors import QueryError, SourceError, StoreError, UsageError
+from tracekit.errors import QueryError, SourceError, StoreError, UnsupportedError, UsageError
 from tracekit.store import manifest, writer
 
 HOSTILE = [
@@ -212,10 +212,10 @@ def test_damaged_parts_are_named(store: tk.Store) -> None:
     [part] = (store.path / "segments").rglob("part-*.parquet")
     part.write_bytes(part.read_bytes()[:200])
     with pytest.raises(StoreError, match=r"part-00000\.parquet"):
-        tk.windows(store, intervals=False)
+        tk.windows(store, max_window=2, intervals=False)
     part.unlink()
     with pytest.raises(StoreError, match=r"part-00000\.parquet"):
-        tk.windows(store, intervals=False)
+        tk.windows(store, max_window=2, intervals=False)
 
 
 def test_ids_that_were_tampered_with_never_reach_the_kernels(store: tk.Store) -> None:
@@ -223,12 +223,12 @@ def test_ids_that_were_tampered_with_never_reach_the_kernels(store: tk.Store) ->
     frame = pl.read_parquet(part)
     frame.with_columns(pl.lit(200, pl.UInt8).alias("e1")).write_parquet(part)
     with pytest.raises(StoreError, match="outside what the manifest says"):
-        tk.windows(store, intervals=False)
+        tk.windows(store, max_window=2, intervals=False)
     frame.write_parquet(part)
     [runs] = (store.path / "segments").rglob("runs.parquet")
     pl.read_parquet(runs).with_columns(pl.col("row") + 30).write_parquet(runs)
     with pytest.raises(StoreError, match="outside what the manifest says"):
-        tk.windows(store, intervals=False)
+        tk.windows(store, max_window=2, intervals=False)
 
 
 @pytest.mark.parametrize("folder", ["layer=7", "request=5", "x=1"])
@@ -469,6 +469,23 @@ def test_reading_is_what_it_is_for(store: tk.Store, statement: str) -> None:
         assert statement.split()[0] in ("SUMMARIZE", "DESCRIBE")
 
 
+@pytest.mark.parametrize("lines", [1, 2, 9])
+@pytest.mark.parametrize(("wrong", "at"), [("layr", "layr"), ("layer +", "FROM")])
+def test_an_sql_error_shows_the_statement_as_it_was_given(store: tk.Store, wrong: str, at: str, lines: int) -> None:
+    statement = "SELECT " + "layer,\n" * (lines - 1) + f"{wrong} FROM routing"
+    with pytest.raises(QueryError) as caught:
+        store.sql(statement)
+    assert "tracekit_query" not in str(caught.value)
+    *_, quoted, caret = str(caught.value).splitlines()
+    assert quoted.split() == ["LINE", f"{lines}:", *statement.splitlines()[-1].split()]
+    assert quoted[caret.index("^") :].startswith(at)
+
+
+def test_a_statement_of_another_kind_is_refused_by_name(store: tk.Store) -> None:
+    with pytest.raises(QueryError, match=r"^an EXPLAIN statement; expected a SELECT"):
+        store.sql("EXPLAIN SELECT 1")
+
+
 def test_variables_are_values(store: tk.Store) -> None:
     evil = "x'; DROP VIEW routing; --"
     assert store.sql("SELECT getvariable('a') AS a, getvariable('b') AS b", {"a": evil, "b": 3}).row(0) == (evil, 3)
@@ -514,9 +531,11 @@ def test_holes_are_kept_and_no_window_crosses_them(tmp_path: Path) -> None:
         segment_writer.add(Request("r", ids, decode_start=0, positions=positions))
         segment = segment_writer.finish(["x"])
     manifest.write_manifest(root, [tk.TraceInfo("t", meta, "now", (segment,))])
-    rows = tk.windows(root, max_window=4, intervals=False)
-    assert rows["n_windows"].to_list() == [5, 3, 1, 0]
-    assert rows["observed"].to_list()[:3] == [2.0, (2 + 3 + 3) / 3, 3.0]
+    rows = tk.windows(root, max_window=3, intervals=False)
+    assert rows["n_windows"].to_list() == [5, 3, 1]
+    assert rows["observed"].to_list() == [2.0, (2 + 3 + 3) / 3, 3.0]
+    with pytest.raises(UnsupportedError, match="no request has 4 consecutive decode tokens: the longest run has 3"):
+        tk.windows(root, max_window=4, intervals=False)
     assert tk.open(root).sql("SELECT pos FROM routing ORDER BY pos")["pos"].to_list() == positions.tolist()
 
 

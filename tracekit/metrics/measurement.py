@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tracekit.metrics.intervals import Interval, jackknife
 from tracekit.metrics.ladder import ladder
 from tracekit.metrics.load import balance
 from tracekit.metrics.replicates import Replicates, layer_mean
-from tracekit.metrics.state import MIN_REQUESTS, Accumulator, Spec
+from tracekit.metrics.state import MIN_REQUESTS, Accumulator, Cells, Spec
 from tracekit.schema import BASELINES, TraceMeta
 
 if TYPE_CHECKING:
@@ -147,32 +147,70 @@ class Measurement:
 
     def load(self) -> pl.DataFrame:
         """Return popularity and balance of the experts: one row per layer, and per label where it was measured so."""
-        rows: list[dict[str, Any]] = []
+        groups: list[tuple[str | None, NDArray[np.int64]]] = []
         for g, key in enumerate(self.cells.groups):
             r = Replicates(self.meta, self.spec, self.cells, self.state, g)
-            if self.spec.by == "label":
-                counts, group = self.state.counts[r.label_pools()[1]].sum(axis=0), {"label": key}
-            else:
-                counts, group = self.state.counts.sum(axis=0), {}
-            measured = balance(counts, self.meta.top_k)
-            rows += [
-                {"by": "label" if group else "layer", "layer": layer, **group}
-                | {name: value[i].item() for name, value in measured.items()}
-                for i, layer in enumerate(self.meta.layers)
-            ]
-        return self._frame("load", rows)
+            counts = self.state.counts[r.label_pools()[1]] if self.spec.by == "label" else self.state.counts
+            groups.append((key, counts.sum(axis=0)))
+        return load_of(self.meta, self.spec, groups)
 
     def _frame(self, kind: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
-        """Return rows as a frame with every column of the result's schema, NaN as null."""
+        return _frame(self.spec, kind, rows)
+
+
+class Counted:
+    """What stands in for a :class:`Measurement` where a trace holds counts only: it knows the load and nothing else."""
+
+    def __init__(
+        self,
+        meta: TraceMeta,
+        requests: pl.DataFrame,
+        spec: Spec,
+        counts: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    ) -> None:
+        """Sum the ``counts`` of requests by their group, ``[requests] -> [groups, layers, num_experts]``."""
         import polars as pl
 
-        from tracekit.store import results
+        # Without k the tokens of a record are not known, but every record has some.
+        cells = Cells.assign(requests.with_columns(n_tokens=pl.lit(1)), spec)
+        self._load = load_of(meta, spec, zip(cells.groups, counts(cells.cell_group[cells.cell]), strict=True))
 
-        names = ("phase", "overlapping", "intervals", "seed")
-        fixed = {"by": self.spec.by or "trace"} | {name: getattr(self.spec, name) for name in names}
-        schema = {name: getattr(pl, kind_) for name, kind_ in results.columns(kind).items()}
-        frame = pl.DataFrame([fixed | row for row in rows], schema=schema)
-        return frame.with_columns(pl.col(pl.Float64).fill_nan(None))
+    def load(self) -> pl.DataFrame:
+        """Return popularity and balance of the experts, as :meth:`Measurement.load` does."""
+        return self._load
+
+
+def load_of(meta: TraceMeta, spec: Spec, groups: Iterable[tuple[str | None, NDArray[np.int64]]]) -> pl.DataFrame:
+    """Return popularity and balance of the experts: one row per group and layer.
+
+    Parameters
+    ----------
+    groups
+        The label of each group (None without labels), and its tokens per expert ``[layers, num_experts]``.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, counts in groups:
+        group = {"label": key} if spec.by == "label" else {}
+        measured = balance(counts, meta.top_k)
+        rows += [
+            {"by": "label" if group else "layer", "layer": layer, **group}
+            | {name: None if np.isnan(value[i]) else value[i].item() for name, value in measured.items()}
+            for i, layer in enumerate(meta.layers)
+        ]
+    return _frame(spec, "load", rows)
+
+
+def _frame(spec: Spec, kind: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Return rows as a frame with every column of the result's schema, NaN as null."""
+    import polars as pl
+
+    from tracekit.store import results
+
+    names = ("phase", "overlapping", "intervals", "seed")
+    fixed = {"by": spec.by or "trace"} | {name: getattr(spec, name) for name in names}
+    schema = {name: getattr(pl, kind_) for name, kind_ in results.columns(kind).items()}
+    frame = pl.DataFrame([fixed | row for row in rows], schema=schema)
+    return frame.with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def _batch_sizes(sizes: Iterable[int]) -> list[int]:

@@ -2,6 +2,6 @@
 
 from tracekit.store.manifest import Segment, TraceInfo
 from tracekit.store.reader import Block, Store
-from tracekit.store.writer import ingest
+from tracekit.store.writer import ingest, write_trace
 
-__all__ = ["Block", "Segment", "Store", "TraceInfo", "ingest"]
+__all__ = ["Block", "Segment", "Store", "TraceInfo", "ingest", "write_trace"]

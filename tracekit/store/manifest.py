@@ -8,6 +8,8 @@ A store is a directory::
         requests.parquet         one row a request
         runs.parquet             where each request's consecutive positions lie in the parts
         tokens.parquet           token ids, where the source has them
+        steps.parquet            rows of verification steps, rejected drafts included, where the source has them
+        counts.parquet           tokens per expert, of a source that holds counts only: it has no parts
     results/KIND-KEY.parquet     what the kernels computed, see ``results``
 
 Anything under ``segments`` that the manifest does not list is the remains of an ingest that did not finish.
@@ -26,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tracekit.checks import Finding
 from tracekit.errors import StoreError
 from tracekit.schema import SCHEMA_VERSION, Phase, TraceMeta
 
@@ -56,6 +59,7 @@ class Segment:
     """Tokens whose phase is known."""
     has_weights: bool = False
     has_token_ids: bool = False
+    has_steps: bool = False
     sources: tuple[str, ...] = ()
     """Names of the source files, as given."""
 
@@ -70,6 +74,8 @@ class TraceInfo:
     segments: tuple[Segment, ...]
     notes: tuple[str, ...] = field(default=())
     """What the ingest noticed, in sentences."""
+    findings: tuple[Finding, ...] = field(default=())
+    """What the check found at ingest; none are known of a trace of an older tracekit."""
 
     @property
     def requests(self) -> int:
@@ -104,6 +110,25 @@ class TraceInfo:
 def part_name(index: int) -> str:
     """Return the file name of a segment's part."""
     return f"part-{index:05d}.parquet"
+
+
+def damaged(root: Path, trace: TraceInfo) -> list[Path]:
+    """Return the files of a trace that are missing or cut short."""
+    files = []
+    for segment in trace.segments:
+        names = [part_name(i) for i in range(len(segment.parts))] + ["requests.parquet", "runs.parquet"]
+        names += ["tokens.parquet"] * segment.has_token_ids + ["steps.parquet"] * segment.has_steps
+        names += ["counts.parquet"] * trace.meta.histogram
+        files += [root / SEGMENTS / segment.id / name for name in names]
+    return [file for file in files if not whole(file)]
+
+
+def whole(path: Path) -> bool:
+    """Return whether a Parquet file is there to its end."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read() == b"PAR1"
+    return False
 
 
 def read_manifest(root: Path) -> list[TraceInfo]:
@@ -158,7 +183,12 @@ def _trace(entry: dict[str, Any]) -> TraceInfo:
     ]
     if not isinstance(entry["name"], str) or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a field of the wrong type")
-    return TraceInfo(entry["name"], TraceMeta(**meta), entry["created"], tuple(segments), tuple(entry["notes"]))
+    findings = tuple(Finding(**finding) for finding in entry.get("findings", ()))
+    if any(not isinstance(getattr(f, name), str) for f in findings for name in Finding.__slots__):
+        raise ValueError("a finding of the wrong type")
+    return TraceInfo(
+        entry["name"], TraceMeta(**meta), entry["created"], tuple(segments), tuple(entry["notes"]), findings
+    )
 
 
 def write_manifest(root: Path, traces: list[TraceInfo]) -> None:

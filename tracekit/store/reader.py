@@ -16,6 +16,7 @@ from tracekit.errors import StoreError
 from tracekit.schema import id_dtype
 from tracekit.store import views
 from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest
+from tracekit.store.spool import COUNTS
 
 if TYPE_CHECKING:
     import duckdb
@@ -93,7 +94,7 @@ class Store:
         frames = [self._read(s, "requests.parquet") for s in trace.segments]
         for segment, frame in zip(trace.segments, frames, strict=True):
             if frame.height != segment.requests:
-                raise _unreadable(
+                raise unreadable(
                     self._path(segment, "requests.parquet"), f"{frame.height} of {segment.requests} requests"
                 )
         return pl.concat(frames)
@@ -115,6 +116,8 @@ class Store:
 
         columns = [f"e{r}" for r in range(trace.meta.top_k)]
         parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
+        if not parts:  # a trace of counts
+            return
         paths = [self._path(s, part_name(i)) for s, i in parts]
         runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
         rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
@@ -129,21 +132,55 @@ class Store:
                 try:
                     frame = next(rows)
                 except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
-                    raise _unreadable(path, error) from None
+                    raise unreadable(path, error) from None
                 if filled + frame.height > expected or set(frame.dtypes) != {pl.Series(ids[0, :0]).dtype}:
-                    raise _unreadable(path, f"it does not have the {expected} rows of {ids.dtype} that it should")
+                    raise unreadable(path, f"it does not have the {expected} rows of {ids.dtype} that it should")
                 for rank, column in enumerate(columns):
                     ids[rank, filled : filled + frame.height] = frame[column].to_numpy()
                 filled += frame.height
             here = runs[segment.id].get((part,))
             if here is None:
-                raise _unreadable(path, "runs.parquet says nothing of it")
+                raise unreadable(path, "runs.parquet says nothing of it")
             block = Block(
                 ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
             )
             if not block.fits(trace):
-                raise _unreadable(path, "its ids or runs are outside what the manifest says")
+                raise unreadable(path, "its ids or runs are outside what the manifest says")
             yield block
+
+    def counts(self, trace: TraceInfo, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens per expert of a trace of counts, summed over groups of its requests.
+
+        Parameters
+        ----------
+        groups
+            ``[requests]`` the group of each request, 0 .. G - 1.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``[G, layers, num_experts]``.
+        """
+        import polars as pl
+
+        layers = np.array(trace.meta.layers)
+        shape = (int(groups.max(initial=-1)) + 1, len(layers), trace.meta.num_experts)
+        total = np.zeros(shape, np.int64)
+        for segment in trace.segments:
+            path = self._path(segment, COUNTS)
+            try:
+                for frame in pl.scan_parquet(path, glob=False).collect_batches():
+                    request, layer, expert, n = (
+                        frame[c].to_numpy().astype(np.int64) for c in ("request", "layer", "expert", "n")
+                    )
+                    if request.max(initial=0) >= len(groups) or not np.isin(layer, layers).all():
+                        raise unreadable(path, "its requests or layers are outside what the manifest says")
+                    if expert.max(initial=0) >= shape[2] or n.min(initial=0) < 0:
+                        raise unreadable(path, "its experts or counts are outside what the manifest says")
+                    np.add.at(total, (groups[request], np.searchsorted(layers, layer), expert), n)
+            except (OSError, pl.exceptions.PolarsError) as error:
+                raise unreadable(path, error) from None
+        return total
 
     def connect(self, variables: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Return a DuckDB connection with the store's views that can read the store and nothing else."""
@@ -184,10 +221,11 @@ class Store:
         try:
             return pl.read_parquet(path, memory_map=False, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, reason: object) -> StoreError:
+def unreadable(path: Path, reason: object) -> StoreError:
+    """Return the error for a file of a store that cannot be read."""
     return StoreError(
         f"cannot be read ({reason})",
         where=str(path),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracekit.schema import BASELINES
-from tracekit.store.manifest import RESULTS, TEMPORARY, VERSION, TraceInfo
+from tracekit.store.manifest import RESULTS, TEMPORARY, VERSION, TraceInfo, whole
 
 if TYPE_CHECKING:
     import polars as pl
@@ -112,8 +112,7 @@ def saved(root: Path, kind: str, trace: TraceInfo) -> list[Path]:
     """Return the files with results of this kind for the trace as it is now, oldest first."""
     ages = []
     for file in (root / RESULTS).glob(f"{kind}-{VERSION}-{trace.content}-*.parquet"):
-        with contextlib.suppress(OSError), file.open("rb") as stream:
-            stream.seek(-4, os.SEEK_END)
-            if stream.read() == b"PAR1":  # whole to its end
-                ages.append((os.fstat(stream.fileno()).st_mtime_ns, file))
+        with contextlib.suppress(OSError):
+            if whole(file):
+                ages.append((file.stat().st_mtime_ns, file))
     return [file for _, file in sorted(ages)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracekit.checks import Finding
 from tracekit.errors import QueryError
 from tracekit.store import results
 from tracekit.store.manifest import SEGMENTS, TraceInfo, part_name
+from tracekit.store.spool import COUNTS, STEPS
 
 if TYPE_CHECKING:
     import duckdb
@@ -70,6 +73,9 @@ def definitions(root: Path, traces: list[TraceInfo]) -> dict[str, str]:
         "routing": _routing(root, traces),
         "activations": _activations(root, traces),
         "tokens": _tokens(root, traces),
+        "verification": _verification(root, traces),
+        "counts": _counts(root, traces),
+        "findings": _findings(traces),
     }
     return views | {kind: _result(root, traces, kind) for kind in results.KINDS}
 
@@ -97,6 +103,7 @@ def _traces(traces: list[TraceInfo]) -> str:
         "id_space": "VARCHAR",
         "router_order": "BOOLEAN",
         "drafts_included": "BOOLEAN",
+        "histogram": "BOOLEAN",
         "default_phase": "VARCHAR",
         "content": "VARCHAR",
         "created": "VARCHAR",
@@ -106,7 +113,9 @@ def _traces(traces: list[TraceInfo]) -> str:
         values = {
             "trace": trace.name,
             "moe_layers": len(trace.meta.layers),
+            "top_k": trace.meta.top_k or None,
             **{n: getattr(trace, n) for n in ("requests", "tokens", "rows", "default_phase", "content", "created")},
+            **({} if trace.meta.top_k else {"tokens": None}),
         }
         items = (
             f'{quote(values[name] if name in values else getattr(trace.meta, name))}::{sql} AS "{name}"'
@@ -143,6 +152,11 @@ _ROW = {
 }
 
 
+def _routed(traces: list[TraceInfo]) -> list[TraceInfo]:
+    """Return the traces that have routing rows, and not counts only."""
+    return [trace for trace in traces if not trace.meta.histogram]
+
+
 def _parts(root: Path, trace: TraceInfo) -> str:
     paths = [root / SEGMENTS / s.id / part_name(i) for s in trace.segments for i in range(len(s.parts))]
     return _parquet(paths)
@@ -152,14 +166,14 @@ def _routing(root: Path, traces: list[TraceInfo]) -> str:
     selects = [
         f"SELECT {quote(t.name)} AS trace, request, layer, pos, {_PHASE}, "
         f"[{', '.join(f'e{r}::USMALLINT' for r in range(t.meta.top_k))}] AS experts FROM {_parts(root, t)}"
-        for t in traces
+        for t in _routed(traces)
     ]
     return _union(selects, _empty({**_ROW, "experts": "USMALLINT[]"}))
 
 
 def _activations(root: Path, traces: list[TraceInfo]) -> str:
     selects = []
-    for t in traces:
+    for t in _routed(traces):
         weighted = any(s.has_weights for s in t.segments)
         for rank in range(t.meta.top_k):
             weight = f"w{rank}" if weighted else "NULL::FLOAT"
@@ -177,6 +191,58 @@ def _tokens(root: Path, traces: list[TraceInfo]) -> str:
         if paths:
             selects.append(f"SELECT {quote(t.name)} AS trace, * FROM {_parquet(paths)}")
     columns = {"trace": "VARCHAR", "request": "UINTEGER", "pos": "UINTEGER", "token_id": "BIGINT"}
+    return _union(selects, _empty(columns))
+
+
+def _verification(root: Path, traces: list[TraceInfo]) -> str:
+    selects = []
+    for t in traces:
+        paths = [root / SEGMENTS / s.id / STEPS for s in t.segments if s.has_steps]
+        if paths:
+            experts = ", ".join(f"e{r}::USMALLINT" for r in range(t.meta.top_k))
+            selects.append(
+                f'SELECT {quote(t.name)} AS trace, request, step, layer, "row", pos, kept, [{experts}] AS experts '
+                f"FROM {_parquet(paths)}"
+            )
+    columns = {
+        "trace": "VARCHAR",
+        "request": "UINTEGER",
+        "step": "UINTEGER",
+        "layer": "USMALLINT",
+        "row": "USMALLINT",
+        "pos": "UINTEGER",
+        "kept": "BOOLEAN",
+        "experts": "USMALLINT[]",
+    }
+    return _union(selects, _empty(columns))
+
+
+def _counts(root: Path, traces: list[TraceInfo]) -> str:
+    selects = []
+    for t in traces:
+        if t.meta.histogram:
+            stored = _parquet([root / SEGMENTS / s.id / COUNTS for s in t.segments])
+            selects.append(f"SELECT {quote(t.name)} AS trace, request, layer, expert, n FROM {stored}")
+            continue
+        ranks = _union(
+            [f"SELECT request, layer, e{r}::USMALLINT AS expert FROM {_parts(root, t)}" for r in range(t.meta.top_k)],
+            "",
+        )
+        selects.append(
+            f"SELECT {quote(t.name)} AS trace, request, layer, expert, count(*)::UBIGINT AS n "
+            f"FROM ({ranks}) GROUP BY request, layer, expert"
+        )
+    columns = {"trace": "VARCHAR", "request": "UINTEGER", "layer": "USMALLINT", "expert": "USMALLINT", "n": "UBIGINT"}
+    return _union(selects, _empty(columns))
+
+
+def _findings(traces: list[TraceInfo]) -> str:
+    columns = {"trace": "VARCHAR", **dict.fromkeys(Finding.__slots__, "VARCHAR")}
+    selects = []
+    for trace in traces:
+        for finding in trace.findings:
+            values = {"trace": trace.name, **{name: getattr(finding, name) for name in Finding.__slots__}}
+            selects.append("SELECT " + ", ".join(f'{quote(value)} AS "{name}"' for name, value in values.items()))
     return _union(selects, _empty(columns))
 
 
@@ -253,8 +319,8 @@ def _spill_directory() -> str:
 _NO_POLARS_TYPE = ("INTERVAL", "TIME_NS", "TIMETZ", "TIME WITH TIME ZONE", "UNION(", "MAP(", "BIT", "BIGNUM", "VARINT")
 
 
-def run(con: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:
-    """Run one SELECT on a connection made by :func:`connect` and return its rows.
+def run(con: duckdb.DuckDBPyConnection, sql: str, rows: int | None = None) -> pl.DataFrame:
+    """Run one SELECT on a connection made by :func:`connect` and return its rows, or the first of them.
 
     Raises
     ------
@@ -265,20 +331,30 @@ def run(con: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:
     import polars as pl
 
     try:
-        statements = con.extract_statements(sql)
+        # A line before the statement here as in the view below, so that every message counts lines alike.
+        statements = con.extract_statements("\n" + sql.lstrip())
         if len(statements) != 1:
             raise QueryError(f"{len(statements)} SQL statements", expected="exactly one SELECT")
         if statements[0].type != duckdb.StatementType.SELECT:
-            raise QueryError(
-                f"a {statements[0].type.name} statement", expected="a SELECT", remedy="The store is read-only for SQL"
-            )
+            kind = statements[0].type.name
+            found = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind} statement"
+            raise QueryError(found, expected="a SELECT", remedy="The store is read-only for SQL")
         # As the body of a view, a statement cannot write: COPY, EXPLAIN ANALYZE and data-changing WITH are refused.
-        con.execute(f"CREATE OR REPLACE TEMP VIEW tracekit_query AS {statements[0].query}")
+        con.execute(f"CREATE OR REPLACE TEMP VIEW tracekit_query AS\n{statements[0].query.lstrip()}")
         types = {row[0]: row[1] for row in con.execute("DESCRIBE tracekit_query").fetchall()}
         foreign = [name for name, kind in types.items() if any(word in kind for word in _NO_POLARS_TYPE)]
         if foreign:
             found = f"column {foreign[0]!r} is of type {types[foreign[0]]}, which a data frame cannot hold"
             raise QueryError(found, remedy="Cast it in the SELECT, for example to VARCHAR")
-        return pl.DataFrame(pl.scan_arrow_c_stream(con.sql("SELECT * FROM tracekit_query")).collect())
+        limit = "" if rows is None else f" LIMIT {rows:d}"
+        return pl.DataFrame(pl.scan_arrow_c_stream(con.sql(f"FROM tracekit_query{limit}")).collect())
     except (duckdb.Error, pl.exceptions.PolarsError) as error:
-        raise QueryError(f"SQL failed: {error}") from None
+        raise QueryError(f"SQL failed: {_LINE.sub(_one_up, str(error))}") from None
+
+
+_LINE = re.compile(r"^LINE (\d+):", re.MULTILINE)
+
+
+def _one_up(match: re.Match[str]) -> str:
+    """Return the line's number in the statement as it was given, as wide as before: a caret stands below the line."""
+    return f"LINE {int(match[1]) - 1}:".ljust(len(match[0]))

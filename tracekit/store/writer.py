@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.checks import Checker, ordered
 from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
-from tracekit.schema import IdSpace, Request, TraceMeta, id_dtype
+from tracekit.schema import Histogram, IdSpace, Request, TraceMeta, id_dtype
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.config import load_config
+from tracekit.sources.files import fault
+from tracekit.sources.histograms import tokens_of
+from tracekit.sources.mend import Mended, Mends, Stream
+from tracekit.sources.released import released_top_k
 from tracekit.store.manifest import (
     MANIFEST,
     SEGMENTS,
@@ -35,6 +40,7 @@ from tracekit.store.manifest import (
     sync_directory,
     write_manifest,
 )
+from tracekit.store.spool import COUNTS, STEPS, Spool, count_columns, step_columns
 
 if TYPE_CHECKING:
     import polars as pl
@@ -65,11 +71,14 @@ def ingest(
     source_format: str | None = None,
     router_order: bool | None = None,
     id_space: IdSpace | None = None,
+    drop_warmup: bool = False,
+    deinterleave: int | None = None,
+    layers: Sequence[int] | None = None,
     append: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> TraceInfo:
-    """Read a trace from engine output and commit it to a store.
+    """Read a trace from engine output, check it, and commit it to a store.
 
     The store is created if it is not there. It is changed by a single rename at the end: whatever happens before,
     it stays as it was.
@@ -83,7 +92,7 @@ def ingest(
     name
         Name of the trace; default: the first source's file name without its ending.
     config
-        The model's ``config.json``: gives N, k and the MoE layers.
+        The model's ``config.json``, or the name of a bundled model: gives N, k and the MoE layers.
     num_experts, top_k
         N and k where no config says so.
     axes
@@ -100,6 +109,12 @@ def ingest(
         Name of the reader, where detection is not wanted.
     router_order, id_space
         Provenance, where it is known better than the source says.
+    drop_warmup
+        Leave out runs of identical rows at the start of requests, and where the same rows come back.
+    deinterleave
+        Sequences that take turns in each request, row by row: each becomes a request.
+    layers
+        Layer numbers to keep.
     append
         Add requests to an existing trace of that name.
     force
@@ -110,7 +125,7 @@ def ingest(
     Returns
     -------
     TraceInfo
-        The trace as the store now holds it.
+        The trace as the store now holds it; its ``findings`` say what may be wrong with it.
 
     Raises
     ------
@@ -125,51 +140,194 @@ def ingest(
     if append and force:
         raise UsageError("--append and --force exclude each other")
     root = Path(store)
-    trace_name = name if name is not None else _default_name(paths[0])
+    trace_name = name if name is not None else default_name(paths[0])
     if not trace_name.strip():
         raise UsageError(f"the name {trace_name!r}", expected="a name that can be seen")
-    options = IngestOptions(
-        config=load_config(Path(config)) if config is not None else None,
+    options = reading_options(
+        config=config,
         num_experts=num_experts,
         top_k=top_k,
         axes=axes,
         phase=phase,
+        requests=requests,
+        label_fields=label_fields,
+        labels=labels,
+        source_format=source_format,
         router_order=router_order,
         id_space=id_space,
+    )
+    mends = Mends(drop_warmup, deinterleave, None if layers is None else tuple(layers))
+    return _store_trace(
+        root,
+        trace_name,
+        lambda: open_mended(paths, options, mends),
+        [p.name for p in paths],
+        append=append,
+        force=force,
+        progress=progress,
+    )
+
+
+def reading_options(
+    *,
+    config: str | Path | None = None,
+    requests: str | Path | Sequence[Mapping[str, Any]] | None = None,
+    label_fields: Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
+    **others: Any,
+) -> IngestOptions:
+    """Return the options for reading a source, with the files that they name read in; arguments as in `ingest`."""
+    return IngestOptions(
+        config=load_config(Path(config)) if config is not None else None,
         labels=dict(labels or {}),
         label_fields=tuple(label_fields),
         requests=_sidecar(requests),
-        source_format=source_format,
+        **others,
     )
+
+
+def open_mended(paths: Sequence[Path], options: IngestOptions, mends: Mends) -> Stream:
+    """Open files and folders as one trace, with the mends that were asked for."""
+    source = open_source(paths, options)
+    return source if mends == Mends() else Mended(source, mends)
+
+
+class _Given:
+    """A trace that is made as it is written: what `open_source` returns for one that is read."""
+
+    done_bytes = total_bytes = 0
+
+    def __init__(self, meta: TraceMeta, requests: Iterable[Request], notes: Sequence[str]) -> None:
+        self.meta, self.notes = meta, notes
+        self._requests = requests
+
+    def requests(self) -> Iterator[Request | Histogram]:
+        layers, top_k, experts = len(self.meta.layers), self.meta.top_k, self.meta.num_experts
+        for request in self._requests:
+            ids = request.ids
+            if ids.shape[1:] != (layers, top_k) or (ids.size and int(ids.max()) >= experts):
+                raise SourceError(
+                    f"request {request.request_id!r} has ids {list(ids.shape)} up to {int(ids.max(initial=0))}",
+                    where=request.where or None,
+                    expected=f"[tokens, {layers}, {top_k}] below {experts}",
+                )
+            yield request
+
+
+def write_trace(
+    store: str | Path,
+    name: str,
+    meta: TraceMeta,
+    requests: Iterable[Request],
+    *,
+    sources: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    append: bool = False,
+    force: bool = False,
+) -> TraceInfo:
+    """Commit requests that come from no file, one after the other, as `ingest` does with those that do.
+
+    Parameters
+    ----------
+    store
+        Directory of the store, created if it is not there.
+    name
+        Name of the trace.
+    meta
+        Shape and provenance, which every request must have.
+    requests
+        In canonical form: taken once, one by one, after the name was found to be free, with the store locked.
+    sources
+        Where they are from, for the record.
+    notes
+        Sentences to keep with the trace.
+    append, force
+        Add to an existing trace of that name, or replace it.
+
+    Returns
+    -------
+    TraceInfo
+        The trace as the store now holds it.
+
+    Raises
+    ------
+    SourceError
+        There is no request, two have the same id, or they do not fit the trace that is appended to.
+    StoreError
+        The name exists, the directory is not a store, or it cannot be written.
+    """
+    if append and force:
+        raise UsageError("--append and --force exclude each other")
+    if not name.strip():
+        raise UsageError(f"the name {name!r}", expected="a name that can be seen")
+    given = _Given(meta, requests, notes)
+    return _store_trace(Path(store), name, lambda: given, list(sources), append=append, force=force)
+
+
+def check_name(store: str | Path, name: str, *, append: bool = False, force: bool = False) -> None:
+    """Raise what `write_trace` would raise about the name, before the work that makes the trace.
+
+    Raises
+    ------
+    StoreError
+        The name exists, or does not and is to be appended to; or the store is damaged.
+    """
+    root = Path(store)
+    traces = read_manifest(root) if (root / MANIFEST).exists() else []
+    _existing(traces, root, name, append=append, force=force)
+
+
+def _existing(traces: list[TraceInfo], root: Path, name: str, *, append: bool, force: bool) -> TraceInfo | None:
+    """Return the trace of that name; one that is there or not against the user's intention is an error."""
+    existing = next((t for t in traces if t.name == name), None)
+    if existing and not (append or force):
+        raise StoreError(
+            f"a trace named {name!r} is there already",
+            where=str(root),
+            remedy="Add requests to it with --append, replace it with --force, or choose another --name",
+        )
+    if append and not existing:
+        raise StoreError(
+            f"no trace named {name!r} to append to", where=str(root), remedy="Leave out --append to create it"
+        )
+    return existing
+
+
+def _store_trace(
+    root: Path,
+    name: str,
+    open_trace: Callable[[], Stream | _Given],
+    sources: list[str],
+    *,
+    append: bool,
+    force: bool,
+    progress: Progress | None = None,
+) -> TraceInfo:
+    """Write one trace as a segment and commit it; the store is as it was before if anything fails."""
     with _writable_store(root) as traces:
-        existing = next((t for t in traces if t.name == trace_name), None)
-        if existing and not (append or force):
-            raise StoreError(
-                f"a trace named {trace_name!r} is there already",
-                where=str(root),
-                remedy="Add requests to it with --append, replace it with --force, or choose another --name",
-            )
-        if append and not existing:
-            raise StoreError(
-                f"no trace named {trace_name!r} to append to", where=str(root), remedy="Leave out --append to create it"
-            )
-        source = open_source(paths, options)
+        existing = _existing(traces, root, name, append=append, force=force)
+        source = open_trace()
         if append and existing:
             _check_same_shape(existing, source.meta)
         base = existing if append else None
-        writer = _SegmentWriter(root, source.meta, base)
+        writer, checker = _SegmentWriter(root, source.meta, base), Checker(source.meta, released_top_k(source.meta))
         with writer:
             for request in source.requests():
                 writer.add(request)
+                checker.add(request)
                 if progress:
                     progress(source.done_bytes, source.total_bytes, writer.tokens)
-            segment = writer.finish([str(p.name) for p in paths])
-        notes = tuple(source.notes)
+            segment = writer.finish(sources)
+        notes, meta = tuple(source.notes), base.meta if base else source.meta
+        meta = replace(meta, drafts_included=meta.drafts_included or segment.has_steps)
+        findings = tuple(ordered([*(base.findings if base else ()), *checker.findings(notes)]))
         if base:
-            trace = replace(base, segments=(*base.segments, segment), notes=tuple(dict.fromkeys((*base.notes, *notes))))
+            segments, both = (*base.segments, segment), (*base.notes, *notes)
+            both = tuple(dict.fromkeys(both))
+            trace = replace(base, meta=meta, segments=segments, notes=both, findings=findings)
         else:
-            trace = TraceInfo(trace_name, source.meta, _now(), (segment,), notes)
-        committed = [trace if t.name == trace_name else t for t in traces]
+            trace = TraceInfo(name, meta, _now(), (segment,), notes, findings)
+        committed = [trace if t.name == name else t for t in traces]
         if existing is None:
             committed.append(trace)
         write_manifest(root, committed)
@@ -177,7 +335,8 @@ def ingest(
     return trace
 
 
-def _default_name(path: Path) -> str:
+def default_name(path: Path) -> str:
+    """Return the name of a trace that was given none: the source's file name without its ending."""
     name = path.resolve().name
     return name if path.is_dir() else name.split(".")[0] or name
 
@@ -197,7 +356,8 @@ def _sidecar(requests: str | Path | Sequence[Mapping[str, Any]] | None) -> list[
     except OSError as error:
         raise SourceError(f"cannot be read ({error.strerror})", where=where) from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"is not JSON ({error})", where=where, expected="a JSON array, one entry a request") from None
+        found = f"is not JSON ({fault(error)})"
+        raise SourceError(found, where=where, expected="a JSON array, one entry a request") from None
     if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
         raise SourceError("is not an array of objects", where=where, expected="a JSON array, one object a request")
     return data
@@ -234,7 +394,7 @@ def _writable_store(root: Path) -> Iterator[list[TraceInfo]]:
 
 
 def _check_same_shape(trace: TraceInfo, meta: TraceMeta) -> None:
-    for what in ("num_experts", "top_k", "layers", "model", "id_space"):
+    for what in ("histogram", "num_experts", "top_k", "layers", "model", "id_space"):
         old, new = getattr(trace.meta, what), getattr(meta, what)
         if old != new and not (what == "model" and None in (old, new)):
             raise SourceError(
@@ -346,6 +506,7 @@ class _SegmentWriter:
         self._first = self.base.requests if self.base else 0
         self._known = _request_ids(self.root, self.base) if self.base else set()
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="tracekit-write")
+        self._steps, self._counts = Spool(self.directory / STEPS), Spool(self.directory / COUNTS)
 
     def __enter__(self) -> _SegmentWriter:
         self.directory.mkdir(parents=True)
@@ -354,9 +515,12 @@ class _SegmentWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
 
-    def add(self, request: Request) -> None:
-        """Take one request; its arrays are copied."""
+    def add(self, request: Request | Histogram) -> None:
+        """Take one request, or one record of counts; its arrays are copied."""
         index = self._first + len(self._request_rows)
+        if isinstance(request, Histogram):
+            self._add_counts(index, request)
+            return
         tokens, layers, _ = request.ids.shape
         request_id = self._claim(request)
         positions = (
@@ -380,8 +544,7 @@ class _SegmentWriter:
             {
                 "request": index,
                 "request_id": request_id,
-                "label": request.label,
-                "labels": json.dumps(dict(request.labels), ensure_ascii=False) if request.labels else None,
+                **_label_columns(request),
                 "prompt_len": request.prompt_len,
                 "decode_start": request.decode_start,
                 "first_pos": int(positions[0]) if tokens else request.first_pos,
@@ -392,6 +555,16 @@ class _SegmentWriter:
         self.tokens += tokens
         if request.token_ids is not None:
             self._token_ids.append((index, positions, np.asarray(request.token_ids, np.int64)))
+        if request.steps is not None:
+            for columns in step_columns(index, request.steps, self.meta.layers, self.meta.num_experts):
+                self._steps.add(columns)
+
+    def _add_counts(self, index: int, histogram: Histogram) -> None:
+        request_id, tokens = self._claim(histogram), tokens_of(histogram.counts, self.meta.top_k)
+        self._counts.add(count_columns(index, histogram, self.meta.layers))
+        known = {"request": index, "request_id": request_id, **_label_columns(histogram), "n_tokens": tokens}
+        self._request_rows.append(dict.fromkeys(_requests_schema()) | known)
+        self.tokens += tokens or 0
 
     def finish(self, sources: list[str]) -> Segment:
         """Write what is left and make the segment durable; the caller commits it."""
@@ -402,7 +575,8 @@ class _SegmentWriter:
         self._flush()
         for future in self._pending:
             self._digests.append(future.result())
-        requests = pl.DataFrame(self._request_rows, schema=_requests_schema())
+        schema = _requests_schema() | ({"n_tokens": pl.UInt64} if self._counts.rows else {})
+        requests = pl.DataFrame(self._request_rows, schema=schema)
         _write_parquet(requests, self.directory / "requests.parquet")
         runs = np.concatenate(self._runs) if self._runs else np.zeros((0, 6), np.int64)
         schema = _runs_schema()
@@ -417,6 +591,7 @@ class _SegmentWriter:
             }
             frame = pl.DataFrame(columns, schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64})
             _write_parquet(frame, self.directory / "tokens.parquet")
+        self._digests += [spool.finish() for spool in (self._steps, self._counts) if spool.rows]
         for path in self.directory.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -439,10 +614,11 @@ class _SegmentWriter:
             prefill_tokens=sum(r["n_tokens"] - r["n_decode"] for r in self._request_rows if r["n_decode"] is not None),
             has_weights=self._has_weights,
             has_token_ids=bool(self._token_ids),
+            has_steps=bool(self._steps.rows),
             sources=tuple(sources),
         )
 
-    def _claim(self, request: Request) -> str:
+    def _claim(self, request: Request | Histogram) -> str:
         request_id = request.request_id
         if request_id in self._known:
             raise SourceError(
@@ -490,6 +666,11 @@ def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
         frame.write_parquet(path, compression_level=1, statistics=False, row_group_size=max(1, frame.height))
     except pl.exceptions.PolarsError as error:
         raise OSError(f"{path.name}: {error}") from error
+
+
+def _label_columns(request: Request | Histogram) -> dict[str, str | None]:
+    labels = json.dumps(dict(request.labels), ensure_ascii=False) if request.labels else None
+    return {"label": request.label, "labels": labels}
 
 
 def _decode_column(block: _Block) -> pl.Series:
