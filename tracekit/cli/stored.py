@@ -1,0 +1,38 @@
+"""What a verb says about the trace it stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tracekit.cli.errors import CHECK_FAILED, say
+
+if TYPE_CHECKING:
+    from tracekit.store import TraceInfo
+
+
+def say_stored(store: Path, trace: TraceInfo, *, quiet: bool) -> int:
+    """Say what was stored and what was found wrong with it; return the exit code."""
+    from tracekit.checks import is_serious
+
+    code = CHECK_FAILED if is_serious(trace.findings) else 0
+    if quiet:
+        return code
+    for note in trace.notes:
+        say(note, heading="Note")
+    for finding in trace.findings:
+        if finding.severity != "note":
+            text = f"{finding.finding}: {finding.where}: {finding.evidence}. {finding.remedy}"
+            say(text, heading=finding.severity.capitalize())
+    meta = trace.meta
+    begin, end = f"{trace.requests:,} requests, {trace.tokens:,} tokens", f"{meta.top_k} of {meta.num_experts}"
+    if meta.histogram:
+        begin, end = f"{trace.requests:,} records of counts", f"{meta.top_k or 'unknown'} of {meta.num_experts}"
+    click.echo(
+        f"{click.format_filename(store)}: trace {trace.name!r} has {begin}, {len(meta.layers)} MoE layers, "
+        f"{end} experts per token",
+        err=True,
+    )
+    return code
