@@ -2,6 +2,7 @@
 #
 #   make demo    environment, sample traces into a store, its summary, charts
 #   make test    development environment, lint, types, layering, tests
+#   make test-capture  tests of capture, which need torch: an environment of their own
 #   make bench   the benchmarks of benchmarks/README.md
 #   make clean   remove what the above made
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 CHARTS := windows autocorr attribution
 
-.PHONY: demo test lint bare bench clean
+.PHONY: demo test test-capture lint bare bench clean
 
 # Stamps record what an environment was made from, so that a second run is quick.
 $(VENV)/python:
@@ -71,6 +72,20 @@ bare: $(VENV)/developed $(BARE)/installed
 	cd $(BARE) && bin/tracekit --version && bin/tracekit --help > help.txt && bin/tracekit query --list > list.txt
 	cd $(BARE) && rm -rf s.* store && bin/tracekit synth sticky s.npz --quiet > truth.txt \
 		&& bin/tracekit ingest s.npz --requests s.requests.json --store store && bin/tracekit summary store > summary.txt
+
+# torch is large and nothing else needs it, so its tests have an environment of their own.
+CAPTURE := build/capture
+
+$(CAPTURE)/installed: $(VENV)/python pyproject.toml
+	@rm -rf $(CAPTURE) && mkdir -p $(CAPTURE)
+	$(PYTHON) -m venv $(CAPTURE)
+	$(CAPTURE)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(CAPTURE)/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(CAPTURE)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[capture]" pytest hypothesis
+	@touch $@
+
+test-capture: $(CAPTURE)/installed
+	$(CAPTURE)/bin/python -m pytest tests/capture $(PYTEST_ARGS)
 
 bench: $(VENV)/developed
 	$(BIN)/python benchmarks/run.py

@@ -1,0 +1,323 @@
+"""Hooks on a transformers model that keep which experts its MoE layers run.
+
+What really ran is an argument of the ``experts`` module: since transformers 5 every block calls
+``experts(hidden, top_k_index, top_k_weights)``. Where a block's experts take no such argument, the output of its router
+is read instead: its own index where it returns one, else the top-k of its logits, but that only for the families in
+which the two are known to agree (biased and group-limited routers choose other experts than the largest logits).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracekit.capture.dependencies import require
+from tracekit.errors import UnsupportedError, UsageError
+from tracekit.schema import id_dtype
+from tracekit.sources.config import ModelConfig, parse_config
+
+LOGITS_CHOOSE = frozenset(
+    {
+        "cohere2_moe",
+        "dbrx",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "jamba",
+        "llama4",
+        "llama4_text",
+        "minimax",
+        "mixtral",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+    }
+)
+"""Model types whose routers run the k largest of their logits, so that the logits say what ran."""
+
+_CHOOSES_IN_TURN = frozenset({"phimoe"})
+"""Model types whose weights do not rank the experts: each is the share among those that were left to choose from."""
+
+_ROUTERS = ("gate", "router")
+_EXPERTS = ("experts", "input_linear")
+"""Children that make a module an MoE block; ``input_linear``, beside a router, is that of older Granite."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """One MoE layer: its modules and what they said in the forward that runs."""
+
+    layer: int
+    name: str
+    ids: Any = None
+    weights: Any = None
+    calls: int = 0
+    routed: Any = None
+    """What the router returned."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """What one forward routed."""
+
+    ids: NDArray[np.unsignedinteger[Any]]
+    """``[rows, layers, k]``; where weights are seen, the largest first (Phi: in the order of choice)."""
+    weights: NDArray[np.float32] | None
+    """``[rows, layers, k]``, aligned with ``ids``."""
+
+
+@dataclass(slots=True)
+class Taps:
+    """The hooks of one model; `tapped` makes it.
+
+    Parameters
+    ----------
+    config
+        N, k and the kind of the model.
+    blocks
+        Its MoE layers, by layer number.
+    model_name
+        For messages.
+    """
+
+    config: ModelConfig
+    blocks: list[_Block]
+    model_name: str
+    ordered: bool | None = None
+    """Whether rank 0 is the router's first choice; None before the first forward, or where nothing says so."""
+    _sources: set[str] = field(default_factory=set)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the MoE layers, ascending."""
+        return tuple(block.layer for block in self.blocks)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the ids were read from: ``experts``, ``router`` or ``logits``."""
+        return tuple(sorted(self._sources))
+
+    @property
+    def touched(self) -> bool:
+        """Whether a block ran since the last `take` or `clear`."""
+        return any(block.calls or block.routed is not None for block in self.blocks)
+
+    def clear(self) -> None:
+        """Forget what was not taken."""
+        for block in self.blocks:
+            block.ids = block.weights = block.routed = None
+            block.calls = 0
+
+    def take(self, rows: int) -> Rows:
+        """Return what the last forward routed, and forget it.
+
+        Parameters
+        ----------
+        rows
+            Tokens of the forward, padding included: batch size times length.
+
+        Raises
+        ------
+        UnsupportedError
+            A layer shows nothing that says which experts ran, or not once for each token.
+        """
+        ids: list[NDArray[Any]] = []
+        weights: list[NDArray[Any]] = []
+        try:
+            for block in self.blocks:
+                found = self._of(block, rows)
+                ids.append(found[0].cpu().numpy())
+                if found[1] is not None:
+                    weights.append(found[1].cpu().numpy())
+        finally:
+            self.clear()
+        if len({array.shape for array in ids}) > 1:
+            counts = sorted({array.shape[1] for array in ids})
+            raise UnsupportedError(f"layers of {self.model_name} run different numbers of experts: {counts}")
+        return self._checked(np.stack(ids, 1), np.stack(weights, 1) if len(weights) == len(ids) else None)
+
+    def _of(self, block: _Block, rows: int) -> tuple[Any, Any]:
+        """Return ids and, where they are seen, weights of one block, both ``[rows, k]`` tensors."""
+        if block.calls > 1:
+            raise UnsupportedError(
+                f"{block.name} of {self.model_name} ran {block.calls} times in one forward",
+                expected="every MoE layer to run once a forward",
+            )
+        ids, weights, source = block.ids, block.weights, "experts"
+        if ids is None and block.routed is not None:
+            ids, weights, source = _from_router(block.routed, self.config)
+        if ids is None:
+            raise UnsupportedError(
+                f"nothing in {block.name} says which experts ran",
+                where=f"{self.model_name}, layer {block.layer}",
+                expected="experts that take their index as an argument, a router that returns it, or logits of a "
+                "family whose router takes the largest ones",
+                remedy="A newer transformers may help: pip install --upgrade transformers",
+            )
+        if ids.shape[0] != rows:
+            raise UnsupportedError(
+                f"{block.name} routed {ids.shape[0]} tokens in a forward over {rows}",
+                where=f"{self.model_name}, layer {block.layer}",
+                expected="every token to be routed",
+            )
+        self._sources.add(source)
+        return ids, weights
+
+    def _checked(self, ids: NDArray[Any], weights: NDArray[Any] | None) -> Rows:
+        """Return ids in router order and of their smallest type, if they are experts of the model."""
+        experts, top_k = self.config.num_experts, ids.shape[2]
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < experts:
+            raise UnsupportedError(
+                f"expert {int(ids.max())} ran but the config of {self.model_name} has {experts}",
+                expected=f"ids 0 to {experts - 1}",
+            )
+        if top_k > 1 and bool((np.diff(np.sort(ids, axis=2), axis=2) == 0).any()):
+            raise UnsupportedError(f"{self.model_name} routed a token to the same expert twice")
+        if weights is not None and self.config.model_type not in _CHOOSES_IN_TURN:
+            # Some routers ask for an unsorted top-k; a stable sort leaves those alone that do not.
+            order = np.argsort(-weights, axis=2, kind="stable")
+            ids, weights = np.take_along_axis(ids, order, 2), np.take_along_axis(weights, order, 2)
+        self.ordered = True if weights is not None or self._sources == {"logits"} else None
+        return Rows(ids.astype(id_dtype(experts)), weights)
+
+
+@contextmanager
+def tapped(model: Any) -> Iterator[Taps]:
+    """Keep hooks on the MoE layers of a model.
+
+    Parameters
+    ----------
+    model
+        A transformers model with routed experts.
+
+    Raises
+    ------
+    UnsupportedError
+        The model has no MoE layers that can be hooked, or they cannot be told apart.
+    UsageError
+        It is no such model.
+    """
+    require("torch")
+    if not hasattr(model, "named_modules") or not hasattr(model, "config"):
+        raise UsageError(f"a {type(model).__name__}", expected="a transformers model")
+    name = type(model).__name__
+    modules = dict(model.named_modules())
+    blocks = _blocks(modules, name)
+    document = dict(model.config.to_dict())
+    if "moe_k" in document:
+        document.pop("top_k", None)  # before transformers 5 that of sampling, which every config carries
+    config = parse_config(document, where=f"the config of {name}")
+    unseen = sorted(set(config.moe_layers or ()) - {block.layer for block in blocks})
+    if unseen:
+        raise UnsupportedError(
+            f"no experts found in layers {', '.join(map(str, unseen[:16]))}, which its config says are MoE layers",
+            where=name,
+            expected="a module named experts in each",
+        )
+    taps = Taps(config, blocks, name)
+    with ExitStack() as hooks:
+        for block in blocks:
+            for child in (*_EXPERTS, *_ROUTERS):
+                module = modules.get(f"{block.name}.{child}" if block.name else child)
+                if module is not None and child == "experts":
+                    handle = module.register_forward_pre_hook(_experts_hook(block, config), with_kwargs=True)
+                    hooks.callback(handle.remove)
+                elif module is not None and child in _ROUTERS:
+                    hooks.callback(module.register_forward_hook(_router_hook(block)).remove)
+        yield taps
+
+
+def _blocks(modules: Mapping[str, Any], model_name: str) -> list[_Block]:
+    """Return the MoE layers, ascending: each has experts, and its number is the first integer of its name."""
+    blocks: dict[int, _Block] = {}
+    for name in modules:
+        parent, _, child = name.rpartition(".")
+        routed = child == "experts" or (child == "input_linear" and f"{parent}.router" in modules)
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", parent)
+        if not routed or number is None:
+            continue
+        block = _Block(int(number[1]), parent)
+        if block.layer in blocks:
+            raise UnsupportedError(
+                f"layer {block.layer} has routed experts twice: {blocks[block.layer].name} and {parent}",
+                where=model_name,
+                expected="one set of experts a layer",
+                remedy="Record the part of the model that is meant, such as model.language_model",
+            )
+        blocks[block.layer] = block
+    if not blocks:
+        raise UnsupportedError(
+            "no layer has routed experts",
+            where=model_name,
+            expected="a Mixture-of-Experts model",
+            remedy="A dense model routes nothing; give the MoE model itself",
+        )
+    return [blocks[layer] for layer in sorted(blocks)]
+
+
+def _experts_hook(block: _Block, config: ModelConfig) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        block.calls += 1
+        ids, after = _index([*args, *kwargs.values()])
+        if ids is not None:
+            block.ids, block.weights = ids, _weights(after, ids, config.num_experts)
+            block.routed = None  # logits of a long prompt are large and no longer needed
+
+    return hook  # returns None: a value would replace the module's input
+
+
+def _router_hook(block: _Block) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        values = output if isinstance(output, tuple | list) else (output,)
+        block.routed = [value.detach() for value in values if hasattr(value, "detach")]
+
+    return hook
+
+
+def _index(values: list[Any]) -> tuple[Any, list[Any]]:
+    """Return the first integer matrix among tensors, None if there is none, and what follows it."""
+    torch = require("torch")
+    for at, value in enumerate(values):
+        if not torch.is_tensor(value) or value.dim() != 2:
+            continue
+        if not value.is_floating_point() and value.dtype != torch.bool:
+            return value.detach().to(torch.int32, copy=True), values[at + 1 :]
+    return None, values
+
+
+def _weights(values: list[Any], ids: Any, num_experts: int) -> Any:
+    """Return the router weights ``[rows, k]`` among tensors, gathered where they are given for all experts."""
+    torch = require("torch")
+    for value in values:
+        if not torch.is_tensor(value) or value.dim() != 2 or not value.is_floating_point():
+            continue
+        if value.shape == ids.shape:
+            return value.detach().to(torch.float32, copy=True)
+        if tuple(value.shape) == (ids.shape[0], num_experts):
+            return value.detach().gather(1, ids.long()).to(torch.float32)
+    return None
+
+
+def _from_router(values: list[Any], config: ModelConfig) -> tuple[Any, Any, str]:
+    """Return ids and weights that a router's output gives, and what they were read from; ids None: it does not."""
+    ids, _ = _index(values)
+    if ids is not None:
+        others = [value for value in values if tuple(value.shape) == tuple(ids.shape)]
+        return ids, _weights(others, ids, config.num_experts), "router"
+    if config.model_type not in LOGITS_CHOOSE:
+        return None, None, "logits"
+    # The last one, where there are several: Llama 4 returns (scores, logits), Granite (…, logits).
+    logits = [v for v in values if v.dim() >= 2 and v.shape[-1] == config.num_experts and v.is_floating_point()]
+    if not logits:
+        return None, None, "logits"
+    return logits[-1].reshape(-1, config.num_experts).topk(config.top_k, dim=-1).indices, None, "logits"
