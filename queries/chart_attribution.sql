@@ -6,7 +6,7 @@
 -- needs: attribution(window=$window)
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
 -- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where it was computed, else what there is
--- param window INTEGER = 4: window length T [tokens]
+-- param window INTEGER = 4: window length T [tokens]; NULL takes 4, or the longest that a trace of short requests has
 -- column trace VARCHAR: name of the trace
 -- column phase VARCHAR: phase the windows lie in
 -- column window BIGINT: window length T [tokens]
@@ -21,31 +21,16 @@
 -- column model VARCHAR: name of the model, where the source says
 -- column num_experts INTEGER: N, routed experts per layer
 -- column top_k INTEGER: k, routed experts per token
-with chosen as (
-    select *
-    from attribution as w
-    where "by" = 'trace' and "window" = coalesce(getvariable('window'), 4)
-        and trace = coalesce(getvariable('trace'), trace)
-        and phase = coalesce(
-            getvariable('phase'),
-            (select t.default_phase from traces as t where t.trace = w.trace)
-        )
-)
 select
-    r.trace,
-    r.phase,
-    r."window",
-    r.cause,
-    r.unique_before,
-    r.unique_after,
-    r.drop,
-    r.share,
-    r.share_lo,
-    r.share_hi,
-    r.resolved,
+    r.* exclude ("by", layer, label, request_id, intervals, seed),
     t.model,
     t.num_experts,
     t.top_k
-from chosen as r
+from attribution as r
 join traces as t on r.trace = t.trace
+where r."by" = 'trace'
+    and coalesce(r."window" = getvariable('window'), r."window" <= 4)
+    and r.trace = coalesce(getvariable('trace'), r.trace)
+    and r.phase = coalesce(getvariable('phase'), t.default_phase)
+qualify r."window" = max(r."window") over (partition by r.trace)
 order by r.trace, list_position(['popularity', 'label', 'request', 'token_order'], r.cause);

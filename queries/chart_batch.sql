@@ -6,7 +6,7 @@
 -- needs: windows(max_window=$window, batch_size=1 2 4 8 16 32 64)
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
 -- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where it was computed, else what there is
--- param window INTEGER = 4: window length T [tokens]
+-- param window INTEGER = 4: window length T [tokens]; NULL takes 4, or the longest that a trace of short requests has
 -- column trace VARCHAR: name of the trace
 -- column phase VARCHAR: phase the windows lie in
 -- column batch_size BIGINT: requests verified together, B
@@ -39,49 +39,17 @@
 -- column model VARCHAR: name of the model, where the source says
 -- column num_experts INTEGER: N, routed experts per layer
 -- column top_k INTEGER: k, routed experts per token
-with chosen as (
-    select *
-    from windows as w
-    where "by" = 'trace' and overlapping and "window" = coalesce(getvariable('window'), 4)
-        and trace = coalesce(getvariable('trace'), trace)
-        and phase = coalesce(
-            getvariable('phase'),
-            (select t.default_phase from traces as t where t.trace = w.trace)
-        )
-)
 select
-    r.trace,
-    r.phase,
-    r.batch_size,
-    r."window",
-    r.n_windows,
-    r.observed,
-    r.observed_lo,
-    r.observed_hi,
-    r.per_top_k,
-    r.expected_uniform,
-    r.expected_popularity,
-    r.expected_label,
-    r.expected_request,
-    r.reduction_uniform,
-    r.reduction_uniform_lo,
-    r.reduction_uniform_hi,
-    r.reduction_uniform_bias,
-    r.reduction_popularity,
-    r.reduction_popularity_lo,
-    r.reduction_popularity_hi,
-    r.reduction_popularity_bias,
-    r.reduction_label,
-    r.reduction_label_lo,
-    r.reduction_label_hi,
-    r.reduction_label_bias,
-    r.reduction_request,
-    r.reduction_request_lo,
-    r.reduction_request_hi,
-    r.reduction_request_bias,
+    r.* exclude ("by", layer, label, request_id, intervals, seed, overlapping),
     t.model,
     t.num_experts,
     t.top_k
-from chosen as r
+from windows as r
 join traces as t on r.trace = t.trace
+where r."by" = 'trace'
+    and r.overlapping
+    and coalesce(r."window" = getvariable('window'), r."window" <= 4)
+    and r.trace = coalesce(getvariable('trace'), r.trace)
+    and r.phase = coalesce(getvariable('phase'), t.default_phase)
+qualify r."window" = max(r."window") over (partition by r.trace)
 order by r.trace, r.batch_size;

@@ -23,33 +23,15 @@
 -- column model VARCHAR: name of the model, where the source says
 -- column num_experts INTEGER: N, routed experts per layer
 -- column top_k INTEGER: k, routed experts per token
-with chosen as (
-    select *
-    from autocorr as w
-    where "by" = 'layer' and lag <= coalesce(getvariable('max_lag'), 32)
-        and trace = coalesce(getvariable('trace'), trace)
-        and phase = coalesce(
-            getvariable('phase'),
-            (select t.default_phase from traces as t where t.trace = w.trace)
-        )
-)
 select
-    r.trace,
-    r.phase,
-    r.layer,
-    r.lag,
-    r.n_pairs,
-    r.overlap,
-    r.overlap_lo,
-    r.overlap_hi,
-    r.expected_uniform,
-    r.expected_popularity,
-    r.expected_request,
-    r.rho,
-    r.rho_request,
+    r.* exclude ("by", label, request_id, intervals, seed, jaccard, any_shared, rank0_repeat),
     t.model,
     t.num_experts,
     t.top_k
-from chosen as r
+from autocorr as r
 join traces as t on r.trace = t.trace
+where r."by" = 'layer'
+    and r.lag <= coalesce(getvariable('max_lag'), 32)
+    and r.trace = coalesce(getvariable('trace'), r.trace)
+    and r.phase = coalesce(getvariable('phase'), t.default_phase)
 order by r.trace, r.layer, r.lag;

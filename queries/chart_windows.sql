@@ -39,49 +39,16 @@
 -- column model VARCHAR: name of the model, where the source says
 -- column num_experts INTEGER: N, routed experts per layer
 -- column top_k INTEGER: k, routed experts per token
-with chosen as (
-    select *
-    from windows as w
-    where "by" = 'trace' and overlapping and batch_size = coalesce(getvariable('batch_size'), 1)
-        and trace = coalesce(getvariable('trace'), trace)
-        and phase = coalesce(
-            getvariable('phase'),
-            (select t.default_phase from traces as t where t.trace = w.trace)
-        )
-)
 select
-    r.trace,
-    r.phase,
-    r.batch_size,
-    r."window",
-    r.n_windows,
-    r.observed,
-    r.observed_lo,
-    r.observed_hi,
-    r.per_top_k,
-    r.expected_uniform,
-    r.expected_popularity,
-    r.expected_label,
-    r.expected_request,
-    r.reduction_uniform,
-    r.reduction_uniform_lo,
-    r.reduction_uniform_hi,
-    r.reduction_uniform_bias,
-    r.reduction_popularity,
-    r.reduction_popularity_lo,
-    r.reduction_popularity_hi,
-    r.reduction_popularity_bias,
-    r.reduction_label,
-    r.reduction_label_lo,
-    r.reduction_label_hi,
-    r.reduction_label_bias,
-    r.reduction_request,
-    r.reduction_request_lo,
-    r.reduction_request_hi,
-    r.reduction_request_bias,
+    r.* exclude ("by", layer, label, request_id, intervals, seed, overlapping),
     t.model,
     t.num_experts,
     t.top_k
-from chosen as r
+from windows as r
 join traces as t on r.trace = t.trace
+where r."by" = 'trace'
+    and r.overlapping
+    and r.batch_size = coalesce(getvariable('batch_size'), 1)
+    and r.trace = coalesce(getvariable('trace'), r.trace)
+    and r.phase = coalesce(getvariable('phase'), t.default_phase)
 order by r.trace, r."window";

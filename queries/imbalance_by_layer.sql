@@ -49,7 +49,8 @@ layers as (
         num_experts,
         total,
         max(n) / (total / num_experts) as max_over_mean,
-        sqrt(greatest(0, num_experts * sum(pow(n / total, 2)) - 1)) as cv,
+        -- of whole numbers: shares would leave a remainder where the load is even
+        sqrt(greatest(0, num_experts * sum(n * n) - total * total)) / total as cv,
         -- sum over ranks i ascending of (2i - N - 1) n_i / (N total), written with the descending place
         sum((num_experts::double + 1 - 2 * place) * n) / (num_experts * total) as gini,
         -sum(n / total * ln(n / total)) as entropy,

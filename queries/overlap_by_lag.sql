@@ -1,9 +1,9 @@
 -- Overlap of the experts of two tokens d positions apart, against uniform and popularity.
 --
--- One row per trace and lag d, computed from the activations alone: every use of an expert looks back
--- at the same expert's uses up to the longest lag before it, and each of those is one shared expert
--- at that distance. Both tokens lie in one request and one phase, with no hole between them; layers
--- are averaged with equal weight, and rho is a ratio of layer means.
+-- One row per trace and lag d that fits into a request, computed from the activations alone: every use of
+-- an expert looks back at the same expert's uses up to the longest lag before it, and each of those is one
+-- shared expert at that distance. Both tokens lie in one request and one phase, with no hole between them;
+-- layers are averaged with equal weight, and rho is a ratio of layer means.
 --
 -- needs: nothing
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
@@ -53,6 +53,7 @@ pairs as (
         sum(greatest(0, s.last_pos - s.first_pos + 1 - l.lag))::bigint as n_pairs
     from segments as s cross join lags as l
     group by s.trace, s.phase, l.lag
+    having n_pairs > 0
 ),
 -- A window frame over the uses of one expert is linear in the length of a request; joining the uses to
 -- themselves is not, and joining them once per lag took twenty times as long.
@@ -84,7 +85,7 @@ layer_means as (
         l.lag,
         l.n_pairs,
         t.top_k / t.num_experts as uniform,
-        avg(coalesce(s.n, 0) / nullif(l.n_pairs, 0) / t.top_k) as overlap,
+        avg(coalesce(s.n, 0) / l.n_pairs / t.top_k) as overlap,
         avg(l.sum_p2 / t.top_k) as popularity
     from layers as l
     join traces as t on l.trace = t.trace

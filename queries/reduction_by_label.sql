@@ -7,7 +7,7 @@
 -- needs: windows(by=label, max_window=$window)
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
 -- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where it was computed, else what there is
--- param window INTEGER = 4: window length T [tokens]
+-- param window INTEGER = 4: window length T [tokens]; NULL takes 4, or the longest that a trace of short requests has
 -- column trace VARCHAR: name of the trace
 -- column phase VARCHAR: phase the windows lie in
 -- column label VARCHAR: label of the requests; (none) stands for requests without one
@@ -36,12 +36,13 @@ with chosen as (
     where "by" = 'label'
         and overlapping
         and batch_size = 1
-        and "window" = coalesce(getvariable('window'), 4)
+        and coalesce("window" = getvariable('window'), "window" <= 4)
         and trace = coalesce(getvariable('trace'), trace)
         and phase = coalesce(
             getvariable('phase'),
             (select t.default_phase from traces as t where t.trace = w.trace)
         )
+    qualify "window" = max("window") over (partition by trace)
 ),
 sizes as (
     select

@@ -8,7 +8,7 @@
 -- needs: windows(max_window=$window, batch_size=1 2 4 8 16 32 64), autocorr, attribution(window=$window), load
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
 -- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where it was computed, else what there is
--- param window INTEGER = 4: window length T [tokens]
+-- param window INTEGER = 4: window length T [tokens]; NULL takes 4, or the longest that a trace of short requests has
 -- column trace VARCHAR: name of the trace
 -- column phase VARCHAR: phase that the figures are of
 -- column section VARCHAR: part of the page
@@ -24,15 +24,16 @@ with picked as (
     from windows as w
     where "by" = 'trace'
         and overlapping
-        and "window" = coalesce(getvariable('window'), 4)
+        and coalesce("window" = getvariable('window'), "window" <= 4)
         and trace = coalesce(getvariable('trace'), trace)
         and phase = coalesce(
             getvariable('phase'),
             (select t.default_phase from traces as t where t.trace = w.trace)
         )
+    qualify "window" = max("window") over (partition by trace)
 ),
 scope as (
-    select distinct trace, phase from picked
+    select distinct trace, phase, "window" from picked
 ),
 sizes as (
     select
@@ -110,10 +111,15 @@ figures as (
             when a.share is null then '; not resolved, there may be no drop at all'
             when a.share not between a.share_lo and a.share_hi then '; not resolved, the interval leaves out the estimate'
             else '; not resolved, the interval includes 0'
+        end || case
+            when a.share > -1e-12 or a.share is null then ''
+            when a.cause = 'request' then '; negative: its tokens are no more alike than the trace''s, or the requests too few'
+            when a.cause = 'token_order' then '; negative: neighbours share fewer experts than in random order'
+            else '; negative'
         end
     from attribution as a
-    join scope as s on a.trace = s.trace and a.phase = s.phase
-    where a."by" = 'trace' and a."window" = coalesce(getvariable('window'), 4)
+    join scope as s on a.trace = s.trace and a.phase = s.phase and a."window" = s."window"
+    where a."by" = 'trace'
 
     union all
 
@@ -151,8 +157,10 @@ figures as (
             avg(l.max_over_mean) as max_over_mean,
             avg(l.entropy_norm) as entropy_norm,
             avg(l.effective_experts) as effective_experts,
-            sum(l.dead_experts)::double as dead_experts
+            sum(l.dead_experts)::double as dead_experts,
+            sum(t.num_experts)::bigint as experts
         from load as l
+        join traces as t on l.trace = t.trace
         join scope as s on l.trace = s.trace and l.phase = s.phase
         where l."by" = 'layer'
         group by l.trace, l.phase
@@ -162,7 +170,7 @@ figures as (
             (1, 'busiest expert / mean', l.max_over_mean, 'ratio', 'mean over layers'),
             (2, 'entropy / ln N', l.entropy_norm, 'fraction', 'mean over layers; 1 is even'),
             (3, 'effective experts', l.effective_experts, 'experts', 'mean over layers, exp of the entropy'),
-            (4, 'dead experts', l.dead_experts, 'experts', 'sum over layers')
+            (4, 'dead experts', l.dead_experts, 'experts', 'of ' || l.experts || ', in all layers')
     ) as i (place, measure, value, unit, note)
 )
 select trace, phase, section, measure, baseline, value, lo, hi, unit, note

@@ -1,8 +1,8 @@
 -- Unique experts per verification window, against uniform and popularity.
 --
--- One row per trace and window length T, computed from the activations alone. Windows slide over
--- consecutive positions of one request and one phase, never across a hole; every window weighs the
--- same and layers are averaged with equal weight. Reductions are ratios of the layer means.
+-- One row per trace and window length T that fits into a request, computed from the activations alone.
+-- Windows slide over consecutive positions of one request and one phase, never across a hole; every window
+-- weighs the same and layers are averaged with equal weight. Reductions are ratios of the layer means.
 --
 -- The count needs no window to be enumerated (Denning and Schwartz): in a segment of n tokens an
 -- occurrence at t = 0 .. n-1, at distance g from the same expert's previous use (t + 1 at its first),
@@ -68,6 +68,7 @@ windows_of as (
         sum(greatest(0, s.last_pos - s.first_pos + 2 - l."window"))::bigint as n_windows
     from segments as s cross join lengths as l
     group by s.trace, s.phase, l."window"
+    having n_windows > 0
 ),
 -- A gap or a remainder beyond the longest window counts like the longest window, so the trace
 -- shrinks to a small table before it meets the window lengths.
@@ -99,7 +100,7 @@ layer_means as (
         w.phase,
         w."window",
         w.n_windows,
-        avg(seen.unique_experts / nullif(w.n_windows, 0)) as observed,
+        avg(seen.unique_experts / w.n_windows) as observed,
         avg(independent.expected) as popularity
     from windows_of as w
     join seen on w.trace = seen.trace and w."window" = seen."window"

@@ -153,8 +153,9 @@ def strings(node: Any) -> set[str]:
 
 def test_windows_is_a_ladder_with_names_and_a_band():
     chart = spec(charts.windows(windows_frame()))
-    assert marks(chart) == ["area", "line", "point", "text"]
-    assert chart["title"] == {"text": "Unique experts in a verification window", "subtitle": ["chat · decode tokens"]}
+    assert marks(chart) == ["area", "line", "point", "rule", "text"]
+    said = ["chat · decode tokens", "shaded: 95 % interval"]
+    assert chart["title"] == {"text": "Unique experts in a verification window", "subtitle": said}
     points = chart["layer"][2]["encoding"]
     assert points["x"]["title"] == "Window length T (tokens)"
     assert points["y"]["title"] == "Unique experts (mean over layers)"
@@ -173,8 +174,26 @@ def test_windows_is_a_ladder_with_names_and_a_band():
 
 def test_without_intervals_there_is_no_band():
     chart = charts.windows(windows_frame(intervals=False))
-    assert marks(spec(chart)) == ["line", "point", "text"]
+    assert marks(spec(chart)) == ["line", "point", "rule", "text"]
+    assert spec(chart)["title"]["subtitle"] == ["chat · decode tokens"]
     assert {r["interval"] for r in data(chart)} == {"none"}
+
+
+def test_a_name_that_had_to_move_is_led_to_its_line():
+    alike = windows_frame().with_columns(expected_popularity=pl.col("expected_uniform") - 0.01)
+    named = {r["series"]: r for r in data(charts.windows(alike)) if "name" in r}
+    assert named["uniform"]["led"]
+    assert named["popularity"]["led"]
+    assert named["uniform"]["name_y"] > named["uniform"]["y"]
+    assert named["popularity"]["name_y"] < named["popularity"]["y"]
+    assert not named["observed"]["led"]
+    assert {r["name_x"] > 8 for r in named.values()} == {True}
+    # A line that ends earlier than the others is led to the column of names.
+    ends = windows_frame().with_columns(expected_request=pl.when(pl.col("window") < 5).then(pl.col("expected_request")))
+    named = {r["series"]: r for r in data(charts.windows(ends)) if "name" in r}
+    assert named["request"]["x"] == 4
+    assert named["request"]["led"]
+    assert len({r["name_x"] for r in named.values()}) == 1
 
 
 def test_a_baseline_that_is_null_is_not_drawn():
@@ -227,6 +246,31 @@ def test_heatmaps_have_a_cell_for_every_row_beyond_the_limit_of_altair():
     assert spec(lags)["encoding"]["color"]["title"] == "Overlap (share of the k experts)"
 
 
+@pytest.mark.parametrize("kind", ["layer-lag", "popularity"])
+def test_the_ends_of_the_colours_are_labelled_and_hold_every_value(kind: str):
+    chart = draw(kind)
+    color = spec(chart)["encoding"]["color"]
+    labels, values = color["legend"]["values"], [r["value"] for r in data(chart)]
+    assert color["scale"]["domain"] == [labels[0], labels[-1]]
+    assert labels[0] <= min(values) <= max(values) <= labels[-1]
+    assert labels == sorted(set(labels))
+    assert len(labels) <= 8
+
+
+def test_heatmaps_of_several_traces_have_their_own_layers_and_one_legend():
+    both = pl.concat([popularity_frame(24, 32, "large"), popularity_frame(4, 8, "small")])
+    chart = spec(charts.popularity(both))
+    large, small = chart["concat"]
+    assert [panel["title"]["text"] for panel in (large, small)] == ["large", "small"]
+    assert large["height"] == 24 / 4 * small["height"]
+    assert small["encoding"]["y"]["axis"]["values"] == [0, 1, 2, 3] or small["encoding"]["y"]["axis"]["values"] == [
+        0,
+        2,
+    ]
+    assert small["encoding"]["x"]["axis"]["values"] == list(range(8))
+    assert large["encoding"]["color"] == small["encoding"]["color"]
+
+
 def test_attribution_falls_from_uniform_to_observed_and_says_what_is_not_resolved():
     chart = charts.attribution(attribution_frame())
     rows = data(chart)
@@ -244,7 +288,8 @@ def test_attribution_falls_from_uniform_to_observed_and_says_what_is_not_resolve
 def test_several_traces_and_layers_are_panels_in_order():
     both = spec(charts.windows(pl.concat([windows_frame("b"), windows_frame("a")])))
     assert both["facet"]["sort"] == ["b", "a"]
-    assert both["title"]["subtitle"] == ["decode tokens"]
+    assert both["title"]["subtitle"] == ["decode tokens", "shaded: 95 % interval"]
+    assert both["resolve"]["axis"]["x"] == "independent"
     frame = pl.concat([windows_frame().with_columns(layer=pl.lit(i)) for i in (2, 10)])
     layers = spec(charts.windows(frame))
     assert layers["facet"]["sort"] == ["layer 2", "layer 10"]
@@ -254,7 +299,7 @@ def test_several_traces_and_layers_are_panels_in_order():
 
 def test_model_and_shape_are_named_where_the_frame_has_them():
     frame = windows_frame().with_columns(model=pl.lit("gpt-oss"), num_experts=pl.lit(32), top_k=pl.lit(4))
-    assert spec(charts.windows(frame))["title"]["subtitle"] == ["chat · gpt-oss · decode tokens · N = 32, k = 4"]
+    assert spec(charts.windows(frame))["title"]["subtitle"][0] == "chat · gpt-oss · decode tokens · N = 32, k = 4"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -279,6 +324,10 @@ def test_names_do_not_cover_each_other(values: list[float], gap: float):
     for a, b in itertools.pairwise(order):
         assert placed[b] - placed[a] >= gap - 1e-6
     assert sum(placed) == pytest.approx(sum(values), abs=1e-6)
+    floored = charts._apart(values, gap, floor=5.0)
+    assert min(floored) >= 5.0
+    assert all(floored[b] - floored[a] >= gap - 1e-6 for a, b in itertools.pairwise(order))
+    assert charts._apart([0.0, 9.0], 1.0, floor=5.0) == [5.0, 9.0], "only names that collide move"
 
 
 # --- whatever things are called ----------------------------------------------------------------

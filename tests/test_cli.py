@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ TABLES = {
     "load": ["load", "STORE"],
     "load by label": ["load", "STORE", "--by", "label"],
     "query": ["query", "STORE", "unique_experts_by_window", "--param", "max_window=3"],
+    "formats": ["formats"],
     "query list": ["query", "--list"],
     "query describe": ["query", "--describe", "summary"],
     "sql": ["sql", "STORE", "SELECT * FROM routing LIMIT 100"],
@@ -99,7 +101,12 @@ def test_the_examples_name_only_what_exists() -> None:
         for example in re.findall(r"  (tracekit .*)", verb.epilog or ""):
             words = example.split()
             assert words[1] in VERBS
-            known = {option for parameter in dict(verbs())[words[1]].params for option in parameter.opts}
+            command = dict(verbs())[words[1]]
+            if isinstance(command, click.Group):
+                found = command.get_command(click.Context(command), words[2])
+                assert found is not None, example
+                command = found
+            known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("-")} <= known, name
 
 
@@ -192,6 +199,26 @@ def test_an_unknown_suffix_is_refused(store: Path, tmp_path: Path, capsys: pytes
 def test_exports_on_stdout_are_bytes(store: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     assert run(["load", "STORE", "--format", "parquet", "-q"], store) == 0
     assert pl.read_parquet(io.BytesIO(capsysbinary.readouterr().out)).height == 3
+
+
+def test_a_table_of_sql_fetches_no_more_than_it_shows(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tracekit.reports import tables
+
+    fetched: list[int] = []
+    render = tables.render
+    monkeypatch.setattr(tables, "render", lambda frame, *a, **k: fetched.append(frame.height) or render(frame, *a, **k))
+    statement = "SELECT pos FROM routing ORDER BY pos DESC"
+    assert run(["sql", "STORE", statement], store) == 0
+    assert "(the first 50 rows; --format csv has all)" in capsys.readouterr().out
+    assert run(["sql", "STORE", f"{statement} LIMIT 50"], store) == 0
+    assert "first" not in capsys.readouterr().out
+    assert run(["sql", "STORE", statement, "--format", "csv"], store) == 0
+    exported = capsys.readouterr().out.splitlines()[1:]
+    assert exported == sorted(exported, key=int, reverse=True)
+    assert fetched == [51, 50, len(exported)]
+    assert len(exported) > 51
 
 
 # Files
@@ -387,6 +414,32 @@ def test_a_hostile_name_drives_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 # The other verbs
+
+
+def test_info_says_what_is_not_known_and_what_is_not_there(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["info", "STORE"], store) == 0
+    known = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert known["engine"] == known["model"] == "unknown"
+    for name in ("runs.parquet", "requests.parquet", "part-00000.parquet"):
+        copy = shutil.copytree(store, tmp_path / name)
+        [file] = (copy / "segments").rglob(name)
+        file.write_bytes(file.read_bytes()[:-4])
+        assert main(["info", str(copy)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"trace 'topical': files missing or cut short: 1, the first is {file}" in err
+        file.unlink()
+        assert main(["info", str(copy), "--format", "json"]) == 1
+        assert "--force" in capsys.readouterr().err
+
+
+def test_a_window_that_no_request_has_ends_with_1(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["windows", "STORE", "--max-window", "36"], store) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(r"^Error: no request has 36 consecutive decode tokens: the longest run has \d+\. Use windows", err)
 
 
 def test_views_define_every_view(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,12 +21,19 @@ _PUBLIC = {
     "TracekitWarning": "errors",
     "attribution": "analysis",
     "autocorr": "analysis",
+    "capture_openai": "capture.openai",
+    "capture_transformers": "capture.transformers",
     "chart": "reports.charts",
+    "check": "checking",
     "ingest": "store",
+    "formats": "sources",
     "load": "analysis",
     "measure": "analysis",
+    "model": "sources.catalogue",
+    "models": "sources.catalogue",
     "queries": "reports.queries",
     "query": "reports.queries",
+    "record": "capture.recorder",
     "summary": "reports.queries",
     "synth": "synthetic",
     "windows": "analysis",
@@ -38,6 +45,10 @@ if TYPE_CHECKING:
     from tracekit.analysis import load as load
     from tracekit.analysis import measure as measure
     from tracekit.analysis import windows as windows
+    from tracekit.capture.openai import capture_openai as capture_openai
+    from tracekit.capture.recorder import record as record
+    from tracekit.capture.transformers import capture_transformers as capture_transformers
+    from tracekit.checking import check as check
     from tracekit.errors import TracekitError as TracekitError
     from tracekit.errors import TracekitWarning as TracekitWarning
     from tracekit.reports import charts as charts
@@ -45,6 +56,9 @@ if TYPE_CHECKING:
     from tracekit.reports.queries import queries as queries
     from tracekit.reports.queries import query as query
     from tracekit.reports.queries import summary as summary
+    from tracekit.sources import formats as formats
+    from tracekit.sources.catalogue import model as model
+    from tracekit.sources.catalogue import models as models
     from tracekit.store import Store as Store
     from tracekit.store import TraceInfo as TraceInfo
     from tracekit.store import ingest as ingest

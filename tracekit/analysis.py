@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from tracekit.errors import TracekitWarning, UnsupportedError, UsageError
 from tracekit.metrics.state import Spec, caveats, resolve_phase
 from tracekit.schema import By, Phase
 from tracekit.store import Store, TraceInfo, results
+from tracekit.store.runs import Runs
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,6 +29,9 @@ MAX_WINDOW = 8
 
 MAX_LAG = 32
 """Largest lag by default."""
+
+WINDOW = 4
+"""Window that is taken apart by default."""
 
 
 def as_store(store: StoreLike) -> Store:
@@ -51,9 +56,9 @@ class _Wanted:
 
 
 def _want_windows(
-    phase: Phase,
+    runs: Runs,
     *,
-    max_window: int = MAX_WINDOW,
+    max_window: int | None = None,
     batch_size: int | Iterable[int] = 1,
     overlapping: bool = True,
     **common: Any,
@@ -63,34 +68,34 @@ def _want_windows(
     sizes = [operator.index(b) for b in (batch_size if isinstance(batch_size, Iterable) else [batch_size])]
     if not sizes or min(sizes) < 1:
         raise UsageError(f"batch sizes {sizes}", expected="whole numbers from 1 on")
-    batches = max(sizes, default=1) > 1
-    spec = Spec(phase, max_window=max_window, overlapping=overlapping, batches=batches, **common)
-    key = {"max_window": max_window, "batch_size": sizes, "overlapping": overlapping, **common}
-    return _Wanted("windows", spec, key, lambda m: m.windows(sizes).filter(pl.col("window") <= max_window))
+    longest = runs.fit(max_window, MAX_WINDOW, "windows")
+    runs.batch(sizes, longest, common["by"])
+    spec = Spec(runs.phase, max_window=longest, overlapping=overlapping, batches=max(sizes) > 1, **common)
+    key = {"max_window": longest, "batch_size": sizes, "overlapping": overlapping, **common}
+    return _Wanted("windows", spec, key, lambda m: m.windows(sizes).filter(pl.col("window") <= longest))
 
 
-def _want_autocorr(phase: Phase, *, max_lag: int = MAX_LAG, **common: Any) -> _Wanted:
+def _want_autocorr(runs: Runs, *, max_lag: int | None = None, **common: Any) -> _Wanted:
     import polars as pl
 
-    if max_lag < 1:
-        raise UsageError(f"a largest lag of {max_lag}", expected="at least 1")
-    spec = Spec(phase, max_lag=max_lag, **common)
-    key = {"max_lag": max_lag, **common}
-    return _Wanted("autocorr", spec, key, lambda m: m.autocorr().filter(pl.col("lag") <= max_lag))
+    largest = runs.fit(max_lag, MAX_LAG, "lags", reach=1)
+    spec = Spec(runs.phase, max_lag=largest, **common)
+    return _Wanted(
+        "autocorr", spec, {"max_lag": largest, **common}, lambda m: m.autocorr().filter(pl.col("lag") <= largest)
+    )
 
 
-def _want_attribution(phase: Phase, *, window: int = 4, **common: Any) -> _Wanted:
-    if window < 2:
-        raise UsageError(f"a window of {window} tokens", expected="at least 2")
-    spec = Spec(phase, max_window=window, **common)
-    return _Wanted("attribution", spec, {"window": window, **common}, lambda m: m.attribution(window))
+def _want_attribution(runs: Runs, *, window: int | None = None, **common: Any) -> _Wanted:
+    length = runs.fit(window, WINDOW, "windows", least=2)
+    spec = Spec(runs.phase, max_window=length, **common)
+    return _Wanted("attribution", spec, {"window": length, **common}, lambda m: m.attribution(length))
 
 
-def _want_load(phase: Phase, *, by: By | None = None, **common: Any) -> _Wanted:
+def _want_load(runs: Runs, *, by: By | None = None, **common: Any) -> _Wanted:
     if by == "request":
         raise UsageError("load by request", expected="by layer or by label")
     group: By | None = "label" if by == "label" else None
-    return _Wanted("load", Spec(phase, by=group, **common), {"by": group}, lambda m: m.load())
+    return _Wanted("load", Spec(runs.phase, by=group, **common), {"by": group}, lambda m: m.load())
 
 
 _WANT: dict[str, Callable[..., _Wanted]] = {
@@ -112,6 +117,8 @@ def ensure(
 ) -> list[pl.DataFrame]:
     """Return several results, of one trace or of all: what is not saved yet is measured in as few passes as possible.
 
+    Of several traces, one that does not support the results is left out, with a warning.
+
     Parameters
     ----------
     wanted
@@ -124,26 +131,55 @@ def ensure(
     -------
     list of polars.DataFrame
         One frame per result, with the columns of the view of that name.
+
+    Raises
+    ------
+    StoreError
+        There is no such trace.
+    UnsupportedError
+        No trace supports the results, with the reason.
     """
     import polars as pl
 
     store = as_store(store)
     infos = [store.trace(trace)] if trace is not None else store.traces() or [store.trace()]
+    several = len(infos) > 1
     per_trace = []
+    refused = []
     for info in infos:
         requests = store.requests(info)
-        name = f"trace {info.name!r}" if len(infos) > 1 else None
+        name = f"trace {info.name!r}"
+        warn_of(info)
         try:
-            actual = resolve_phase(requests, phase)
+            _check_tokens(info, [kind for kind, _ in wanted])
+            runs = Runs.read(store, info, requests, resolve_phase(requests, phase))
             common = {"by": None, "intervals": intervals, "seed": seed}
-            asked = [_WANT[kind](actual, **common | a) for kind, a in wanted]
-            for spec in {w.spec for w in asked if w.kind != "load"}:
-                _warn(requests, spec, name)
+            asked = [_WANT[kind](runs, **common | a) for kind, a in wanted]
+            notes = [note for w in asked if w.kind != "load" for note in caveats(requests, w.spec)]
+            for note in dict.fromkeys(notes + runs.notes):
+                _warn(f"{name}: {note}" if several else note)
             frames = _obtain(store, info, requests, asked)
         except UnsupportedError as error:
-            raise UnsupportedError(error.found, where=name, expected=error.expected, remedy=error.remedy) from None
+            refused.append((name, error))
+            continue
         per_trace.append([frame.select(pl.lit(info.name).alias("trace"), pl.all()) for frame in frames])
+    if not per_trace:
+        name, refusal = refused[0]
+        where = name if several else None
+        raise UnsupportedError(refusal.found, where=where, expected=refusal.expected, remedy=refusal.remedy)
+    for name, refusal in refused:
+        _warn(f"{name} is left out: {refusal.found}")
     return [pl.concat(frames) for frames in zip(*per_trace, strict=True)]
+
+
+def _check_tokens(info: TraceInfo, kinds: Sequence[str]) -> None:
+    """Refuse what takes tokens of a trace that holds counts only."""
+    others = [kind for kind in kinds if kind != "load"]
+    if info.meta.histogram and others:
+        raise UnsupportedError(
+            f"the trace holds counts per expert only, without tokens or their order: no {others[0]}",
+            remedy="Ask for its load, or ingest a trace of tokens",
+        )
 
 
 def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[_Wanted]) -> list[pl.DataFrame]:
@@ -154,7 +190,7 @@ def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[_
         if frame is None:
             passes.setdefault(replace(asked[i].spec, max_window=1, max_lag=0, batches=False), []).append(i)
     if passes:
-        from tracekit.metrics.measurement import Measurement  # brings numba, which a saved result can do without
+        from tracekit.metrics.measurement import Counted, Measurement  # brings numba, which a saved result does without
     for spec, members in passes.items():
         specs = [asked[i].spec for i in members]
         shared = replace(
@@ -163,16 +199,26 @@ def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[_
             max_lag=max(s.max_lag for s in specs),
             batches=any(s.batches for s in specs),
         )
-        measured = Measurement(info.meta, requests, shared, store.blocks(info), threads())
+        measured: Any = (
+            Counted(info.meta, requests, shared, partial(store.counts, info))
+            if info.meta.histogram
+            else Measurement(info.meta, requests, shared, store.blocks(info), threads())
+        )
         for i in members:
             frame = frames[i] = asked[i].finalise(measured)
             results.save(store.path, asked[i].kind, info, asked[i].key | {"phase": spec.phase}, frame)
     return [frame for frame in frames if frame is not None]
 
 
-def _warn(requests: pl.DataFrame, spec: Spec, name: str | None = None) -> None:
-    for note in caveats(requests, spec):
-        warnings.warn(f"{name}: {note}" if name else note, TracekitWarning, stacklevel=4)
+def warn_of(info: TraceInfo) -> None:
+    """Repeat, in a line each, what the check at ingest found serious."""
+    for finding in info.findings:
+        if finding.severity == "serious":
+            _warn(f"trace {info.name!r}: {finding.finding} ({finding.where}): {finding.effect}. {finding.remedy}")
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, TracekitWarning, stacklevel=4)
 
 
 def _shown(frame: pl.DataFrame, by: By | None, *also: str) -> pl.DataFrame:
@@ -230,6 +276,8 @@ def measure(
 
     store = as_store(store)
     info = store.trace(trace)
+    warn_of(info)
+    _check_tokens(info, ["windows"])
     requests = store.requests(info)
     spec = Spec(
         phase=resolve_phase(requests, phase),
@@ -241,7 +289,8 @@ def measure(
         intervals=intervals,
         seed=seed,
     )
-    _warn(requests, spec)
+    for note in caveats(requests, spec):
+        warnings.warn(note, TracekitWarning, stacklevel=2)
     return Measurement(info.meta, requests, spec, store.blocks(info), threads())
 
 
@@ -250,7 +299,7 @@ def windows(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    max_window: int = MAX_WINDOW,
+    max_window: int | None = None,
     batch_size: int | Iterable[int] = 1,
     overlapping: bool = True,
     by: By | None = None,
@@ -264,13 +313,13 @@ def windows(
     store
         A store or its path.
     trace
-        Name of one trace; default: every trace of the store.
+        Name of one trace; default: every trace of the store that can answer.
     phase
         ``decode``, ``prefill`` or ``all``; default: decode where the trace knows it, else what there is.
     max_window
-        Longest window T in tokens; with K drafted tokens T = K + 1.
+        Longest window T in tokens; with K drafted tokens T = K + 1. Default: 8, or what the trace has.
     batch_size
-        Batch sizes B: the union over B windows drawn independently.
+        Batch sizes B: the union over B windows drawn independently; null with fewer than B requests.
     overlapping
         Sliding windows (every start), or starts 0, T, 2T, … with the tail dropped.
     by
@@ -292,7 +341,7 @@ def windows(
     StoreError
         There is no such trace.
     UnsupportedError
-        The trace cannot answer, with the reason.
+        The trace cannot answer, with the reason: it has no such phase, label or window.
     UsageError
         An argument is out of range.
     """
@@ -306,7 +355,7 @@ def autocorr(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    max_lag: int = MAX_LAG,
+    max_lag: int | None = None,
     by: By | None = None,
     intervals: bool = True,
     seed: int = 0,
@@ -318,7 +367,7 @@ def autocorr(
     store, trace, phase, by, intervals, seed
         As in :func:`windows`.
     max_lag
-        Largest lag D in tokens.
+        Largest lag D in tokens. Default: 32, or what the trace has.
 
     Returns
     -------
@@ -337,7 +386,7 @@ def attribution(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    window: int = 4,
+    window: int | None = None,
     by: By | None = None,
     intervals: bool = True,
     seed: int = 0,
@@ -352,7 +401,7 @@ def attribution(
     store, trace, phase, by, intervals, seed
         As in :func:`windows`.
     window
-        Window length T in tokens.
+        Window length T in tokens. Default: 4, or what the trace has.
 
     Returns
     -------
@@ -373,6 +422,9 @@ def load(
     by: By | None = None,
 ) -> pl.DataFrame:
     """Return popularity and balance of the experts: one row per trace, phase and layer (and label with ``by="label"``).
+
+    The one metric that traces of counts support; where their k is not known, ``tokens``, ``top_share`` and
+    ``sum_p2_over_k`` are null.
 
     Returns
     -------

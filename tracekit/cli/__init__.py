@@ -16,6 +16,9 @@ from tracekit.cli.group import LazyGroup
 
 VERBS = {
     "ingest": "tracekit.cli.ingest:ingest",
+    "check": "tracekit.cli.check:check",
+    "capture": "tracekit.cli.capture:capture",
+    "formats": "tracekit.cli.formats:formats",
     "info": "tracekit.cli.info:info",
     "summary": "tracekit.cli.analyses:summary",
     "windows": "tracekit.cli.analyses:windows",
@@ -26,6 +29,7 @@ VERBS = {
     "query": "tracekit.cli.sql:query",
     "sql": "tracekit.cli.sql:sql",
     "views": "tracekit.cli.sql:views",
+    "models": "tracekit.cli.models:models",
     "synth": "tracekit.cli.synth:synth",
 }
 """The verbs, in the order of their use, and where each is defined."""

@@ -13,7 +13,9 @@ from tracekit.cli.options import selectors, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 
 window_option = click.option(
-    "--window", type=click.IntRange(min=2), default=4, show_default=True, help="Tokens in the verification window."
+    "--window",
+    type=click.IntRange(min=2),
+    help="Tokens in the verification window. [default: 4, or the most that a request has]",
 )
 
 
@@ -26,7 +28,9 @@ window_option = click.option(
 )
 @store_argument
 @click.option(
-    "--max-window", type=click.IntRange(min=1), default=8, show_default=True, help="Longest window, in tokens."
+    "--max-window",
+    type=click.IntRange(min=1),
+    help="Longest window, in tokens. [default: 8, or the most that a request has]",
 )
 @click.option(
     "--batch-size",
@@ -54,7 +58,11 @@ def windows(store: Path, batch_size: tuple[int, ...], non_overlapping: bool, out
 
 @verb("autocorr", examples=["tracekit autocorr traces --max-lag 16", "tracekit autocorr traces --by layer -o lags.csv"])
 @store_argument
-@click.option("--max-lag", type=click.IntRange(min=1), default=32, show_default=True, help="Longest lag, in tokens.")
+@click.option(
+    "--max-lag",
+    type=click.IntRange(min=1),
+    help="Longest lag, in tokens. [default: 32, or the most that a request has]",
+)
 @selectors()
 @output_options
 def autocorr(store: Path, out: Output, **options: Any) -> None:

@@ -12,7 +12,7 @@ import click
 
 from tracekit.errors import TracekitError, TracekitWarning
 
-DONE, AT_FAULT, MISSING_DEPENDENCY, INTERRUPTED = 0, 1, 4, 130
+DONE, AT_FAULT, CHECK_FAILED, MISSING_DEPENDENCY, INTERRUPTED = 0, 1, 3, 4, 130
 
 
 def guarded(run: Callable[[], object]) -> int:

@@ -18,12 +18,27 @@ from tracekit.cli.output import Output, output_options
 def info(store: Path, trace: str | None, out: Output) -> None:
     """Say what a store holds: its traces and their shape.
 
-    Beside it the provenance, which decides what can be asked of a trace.
+    Beside it the provenance, which decides what can be asked of a trace, and what the check at ingest found.
     """
     import tracekit as tk
+    from tracekit.errors import StoreError
+    from tracekit.store.manifest import damaged
 
     opened = tk.open(store)
-    if trace is not None:
-        trace = opened.trace(trace).name
-    select = "SELECT * FROM traces WHERE trace = coalesce(getvariable('trace'), trace) ORDER BY trace"
+    for held in opened.traces() if trace is None else [opened.trace(trace)]:
+        if files := damaged(opened.path, held):
+            found = f"files missing or cut short: {len(files)}, the first is {files[0]}"
+            remedy = "Restore them, or ingest the trace again with --force"
+            raise StoreError(found, where=f"trace {held.name!r}", remedy=remedy)
+    select = """
+        SELECT traces.*, found.findings
+        FROM traces
+        LEFT JOIN (
+            SELECT trace, string_agg(severity || ': ' || finding || ' (' || "where" || ')', '; ') AS findings
+            FROM findings
+            GROUP BY trace
+        ) AS found USING (trace)
+        WHERE trace = coalesce(getvariable('trace'), trace)
+        ORDER BY trace
+    """
     out.table(opened.sql(select, {"trace": trace}), "info")

@@ -31,8 +31,14 @@ def sql(store: Path, statement: str, out: Output) -> None:
     read the store and nothing else, and cannot write.
     """
     import tracekit as tk
+    from tracekit.reports.tables import MAX_ROWS
+    from tracekit.store.views import run
 
-    out.table(tk.open(store).sql(statement))
+    if out.fmt != "table":
+        out.table(tk.open(store).sql(statement))
+        return
+    with tk.open(store).connect() as connection:
+        out.table(run(connection, statement, MAX_ROWS + 1))  # one more says that there are more
 
 
 @verb("views", examples=["tracekit views traces > views.sql"])

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tracekit.analysis import WINDOW
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.reports import queries
 from tracekit.reports.rendering import render
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from tracekit.analysis import StoreLike
 
-    Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
+    Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart | alt.ConcatChart
 
 __all__ = [
     "KINDS",
@@ -42,6 +43,9 @@ Panel = tuple[str, list[Row]]
 WIDTH, HEIGHT = 480, 300
 PANEL_WIDTH, PANEL_HEIGHT = 300, 200
 """Size of the plot, and of each plot where there are several."""
+
+LEADER = 14
+"""Width of what leads from a line's end to its name."""
 
 INK, FAINT = "#333333", "#6b6b6b"
 
@@ -88,7 +92,7 @@ def windows(frame: pl.DataFrame, *, batch_size: int = 1) -> Chart:
         The frame is empty.
     """
     frame = _only(frame, "batch_size", batch_size, "windows", "window", "observed", "expected_uniform")
-    about, panels = _panels(frame)
+    about, panels = _panels(frame, "window")
     data = []
     for title, rows in panels:
         lines = {
@@ -106,7 +110,7 @@ def windows(frame: pl.DataFrame, *, batch_size: int = 1) -> Chart:
     )
 
 
-def batch(frame: pl.DataFrame, *, window: int = 4) -> Chart:
+def batch(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
     """Draw the reduction against every baseline by batch size.
 
     Parameters
@@ -114,7 +118,7 @@ def batch(frame: pl.DataFrame, *, window: int = 4) -> Chart:
     frame
         As ``tk.windows`` returns it for several batch sizes.
     window
-        T, which rows to draw.
+        T, which rows to draw; default: 4, or the longest that a trace has.
 
     Raises
     ------
@@ -123,8 +127,15 @@ def batch(frame: pl.DataFrame, *, window: int = 4) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    frame = _only(frame, "window", window, "windows", "batch_size", "reduction_uniform")
-    about, panels = _panels(frame)
+    import polars as pl
+
+    _require(frame, "windows", "window", "batch_size", "reduction_uniform")
+    if window is None:
+        frame = frame.filter(pl.col("window") <= WINDOW)
+        frame = frame.filter(pl.col("window") == pl.col("window").max().over("trace"))
+    else:
+        frame = _only(frame, "window", window, "windows")
+    about, panels = _panels(frame, "batch_size")
     data = []
     for title, rows in panels:
         lines = {
@@ -136,7 +147,7 @@ def batch(frame: pl.DataFrame, *, window: int = 4) -> Chart:
         data,
         x=("Batch size B (requests verified together)", "log"),
         y=("Reduction against the baseline", ".1%"),
-        title=(f"Fewer experts than expected, windows of {window} tokens", about),
+        title=(f"Fewer experts than expected, windows of {_lengths(frame)} tokens", about),
         more=(("observed", "unique experts", ".2f"),),
     )
 
@@ -187,10 +198,8 @@ def layer_lag(frame: pl.DataFrame) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    import altair as alt
-
     _require(frame, 'autocorr(by="layer")', "layer", "lag", "overlap", "rho")
-    about, panels = _panels(frame, without="layer")
+    about, panels = _panels(frame, "layer")
     data = [
         {"panel": title, "x": r["lag"], "y": r["layer"], "value": _finite(r["overlap"]), "more": _finite(r["rho"])}
         for title, rows in panels
@@ -203,7 +212,7 @@ def layer_lag(frame: pl.DataFrame) -> Chart:
         value=("Overlap (share of the k experts)", ".3f"),
         more=("ρ against popularity", ".3f"),
         title=("Overlap of the experts of two tokens, by layer", about),
-        scale=alt.Scale(scheme="viridis"),
+        labels=_rounded([row["value"] for row in data if row["value"] is not None]),
     )
 
 
@@ -222,7 +231,6 @@ def popularity(frame: pl.DataFrame) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    import altair as alt
     import polars as pl
 
     _require(frame, 'query("popularity_by_layer")', "layer", "expert", "popularity", "relative")
@@ -231,13 +239,14 @@ def popularity(frame: pl.DataFrame) -> Chart:
         num_experts=pl.col("expert").max().over("trace") + 1,
         top_k=pl.col("popularity").sum().over("trace", "phase", "layer").round().cast(pl.Int64),
     )
-    about, panels = _panels(frame, without="layer")
+    about, panels = _panels(frame, "layer")
     data = [
         {"panel": title, "x": r["expert"], "y": r["layer"], "value": _finite(r["relative"]), "more": r["popularity"]}
         for title, rows in panels
         for r in rows
     ]
     most = max([1.0, *(row["value"] for row in data if row["value"] is not None)])
+    most = math.ceil(most * 10) / 10
     return _heatmap(
         data,
         x="Expert",
@@ -246,8 +255,8 @@ def popularity(frame: pl.DataFrame) -> Chart:
         more=("share of tokens", ".2%"),
         title=("Popularity of the experts, by layer", about),
         # A few very popular experts would leave the rest in one colour on a linear scale.
-        scale=alt.Scale(scheme="viridis", type="sqrt", domain=[0, most], nice=False),
-        legend=[v for v in (0, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64) if v <= most],
+        kind="sqrt",
+        labels=[*(v for v in (0, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64) if v <= 0.8 * most), most],
     )
 
 
@@ -272,12 +281,11 @@ def attribution(frame: pl.DataFrame) -> Chart:
     notes = ["drop in unique experts = share of the whole drop (its 95 % interval)"]
     if not frame["resolved"].all():
         notes.append("not resolved: the interval leaves out the estimate, or the data cannot tell the label from none")
-    lengths = ", ".join(str(n) for n in frame["window"].unique().sort())
     return _waterfall(
         data,
         "Unique experts in a window" + _mean_over_layers(frame),
         (
-            f"Where the reduction comes from, windows of {lengths} tokens",
+            f"Where the reduction comes from, windows of {_lengths(frame)} tokens",
             about,
             *notes,
         ),
@@ -337,12 +345,7 @@ def chart(store: StoreLike, kind: str, /, **params: Any) -> Chart:
     if found is None:
         raise UsageError(f"no chart named {kind!r}", expected="one of " + ", ".join(KINDS))
     frame = queries.query(store, found.query, **params)
-    if found.selects is None:
-        return found.draw(frame)
-    values = {p.name: p.default for p in found.parameters} | queries.find(found.query).bind(
-        {name: value for name, value in params.items() if name == found.selects}
-    )
-    return found.draw(frame, **{found.selects: values[found.selects]})
+    return found.draw(frame, **queries.find(found.query).bind({k: v for k, v in params.items() if k == found.selects}))
 
 
 # From frame to panels
@@ -370,11 +373,13 @@ def _baselines(frame: pl.DataFrame) -> list[str]:
     return [name for name in _LINES if f"expected_{name}" in frame.columns]
 
 
-def _panels(frame: pl.DataFrame, without: str = "") -> tuple[str, list[Panel]]:
+def _lengths(frame: pl.DataFrame) -> str:
+    return ", ".join(str(length) for length in frame["window"].unique().sort())
+
+
+def _panels(frame: pl.DataFrame, axis: str = "") -> tuple[str, list[Panel]]:
     """Return what is true of every row, as one line of text, and the rows of each panel with what sets it apart."""
-    keys = [k for k in ("trace", "phase", "layer", "label", "request_id", "batch_size", "window") if k in frame.columns]
-    axes = {"batch_size", "window"} if "observed" in frame.columns else set()
-    keys = [k for k in keys if k != without and k not in axes]
+    keys = [k for k in ("trace", "phase", "layer", "label", "request_id", "window") if k in frame.columns and k != axis]
     apart = [k for k in keys if frame[k].n_unique() > 1]
     first = frame.row(0, named=True)
     about = [_said(k, first[k]) for k in keys if k not in apart and k != "window"]
@@ -402,8 +407,6 @@ def _said(key: str, value: Any) -> str:
             return f"layer {value}"
         case "window":
             return f"T = {value}"
-        case "batch_size":
-            return f"B = {value}"
     # A title that the renderer has to cut may be cut inside a character.
     text = "(none)" if value is None else str(value)
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
@@ -454,25 +457,21 @@ def _ladder(
     return data
 
 
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Return positions in the order of ``values`` that are at least ``gap`` apart, as near to them as may be."""
-    order = sorted(range(len(values)), key=values.__getitem__)
+def _apart(values: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
+    """Return positions in the order of ``values``, ``gap`` apart and from ``floor`` up, as near to them as may be."""
+
+    def lowest(group: list[int]) -> float:
+        return max(floor, sum(values[i] for i in group) / len(group) - gap * (len(group) - 1) / 2)
+
     groups: list[list[int]] = []
-    centres: list[float] = []
-    for i in order:
+    for i in sorted(range(len(values)), key=values.__getitem__):
         groups.append([i])
-        centres.append(values[i])
-        # A group keeps its members' mean; groups that collide become one.
-        while len(groups) > 1 and centres[-1] - centres[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+        # Groups that collide become one, around its members' mean.
+        while len(groups) > 1 and lowest(groups[-1]) < lowest(groups[-2]) + gap * len(groups[-2]):
             last = groups.pop()
             groups[-1] += last
-            centres.pop()
-            centres[-1] = sum(values[j] for j in groups[-1]) / len(groups[-1])
-    placed = [0.0] * len(values)
-    for group, centre in zip(groups, centres, strict=True):
-        for rank, i in enumerate(group):
-            placed[i] = centre + gap * (rank - (len(group) - 1) / 2)
-    return placed
+    placed = {i: lowest(group) + gap * rank for group in groups for rank, i in enumerate(group)}
+    return [placed[i] for i in range(len(values))]
 
 
 def _line_chart(
@@ -491,25 +490,30 @@ def _line_chart(
     width, height = (WIDTH, HEIGHT) if len(panels) == 1 else (PANEL_WIDTH, PANEL_HEIGHT)
     top = max(max(row["y"], row["hi"] or 0) for row in data)
     bottom = min(0, *(min(row["y"], row["lo"] or 0) for row in data))
+    at = sorted({row["x"] for row in data})
+    # Room for the lines' names to the right of the last point.
+    room = (85 + LEADER) / width
+    if x[1] == "log":
+        end = at[-1] * (at[-1] / at[0] + 1) ** (room / (1 - room))
+        scale = alt.Scale(type="log", base=2, domain=[at[0], end])
+    else:
+        end = at[-1] + max(1, at[-1] - at[0]) * room / (1 - room)
+        scale = alt.Scale(domain=[at[0], end], nice=False, zero=False)
     for panel in panels:
-        named = [row for row in data if row["panel"] == panel and "name" in row]
+        rows = [row for row in data if row["panel"] == panel]
+        named = [row for row in rows if "name" in row]
+        last = max(row["x"] for row in rows)
+        beside = last * (end / at[0]) ** (LEADER / width) if x[1] == "log" else last + (end - at[0]) * LEADER / width
         gap = 15 / height * (top - bottom)
-        places = _apart([row["y"] for row in named], gap)
-        lift = max(0.0, bottom + gap / 2 - min(places))
+        places = _apart([row["y"] for row in named], gap, bottom + gap / 2)
         for row, place in zip(named, places, strict=True):
-            row["name_y"] = place + lift
+            led = row["x"] < last or abs(place - row["y"]) > gap / 4
+            row |= {"name_x": beside, "name_y": place, "led": led}
     for row in data:
         # A null interval would be shown as zeros by a tooltip's number format.
         row["interval"] = "none" if row["lo"] is None else f"{row['lo']:{y[1]}} to {row['hi']:{y[1]}}"
 
     series = [name for name in _LINES if any(row["series"] == name for row in data)]
-    at = sorted({row["x"] for row in data})
-    # Room for the lines' names to the right of the last point.
-    room = 85 / width
-    if x[1] == "log":
-        scale = alt.Scale(type="log", base=2, domain=[at[0], at[-1] * (at[-1] / at[0] + 1) ** (room / (1 - room))])
-    else:
-        scale = alt.Scale(domain=[at[0], at[-1] + max(1, at[-1] - at[0]) * room / (1 - room)], nice=False, zero=False)
     axis = alt.Axis(values=_ticks(at, width), format="d", grid=False, labelFlush=False)
     base = alt.Chart().encode(
         x=alt.X("x:Q", title=x[0], scale=scale, axis=axis),
@@ -537,7 +541,8 @@ def _line_chart(
         "series:N", scale=alt.Scale(domain=series, range=[list(_LINES[s].dash) or [1, 0] for s in series]), legend=None
     )
     layers: list[alt.Chart] = []
-    if any(row["lo"] is not None for row in data):
+    banded = any(row["lo"] is not None for row in data)
+    if banded:
         layers.append(
             base.transform_filter("isValid(datum.lo)")
             .mark_area(opacity=0.18)
@@ -550,11 +555,13 @@ def _line_chart(
     layers += [
         base.mark_line(strokeWidth=2.2).encode(y=vertical, strokeDash=dash),
         base.mark_point(filled=True, size=42).encode(y=vertical, opacity=hidden, tooltip=tooltip),
+        base.transform_filter("datum.led").mark_rule(opacity=0.6).encode(y=vertical, x2="name_x:Q", y2="name_y:Q"),
         base.transform_filter("isValid(datum.name)")
-        .mark_text(align="left", dx=8, fontSize=12)
-        .encode(x="max(x):Q", y=alt.Y("name_y:Q", title=y[0]), text="name:N"),
+        .mark_text(align="left", dx=3, fontSize=12)
+        .encode(x="name_x:Q", y=alt.Y("name_y:Q", title=y[0]), text="name:N"),
     ]
-    return _page(alt.LayerChart(layer=layers), data, panels, width, height, title)
+    subtitles = (*title, "shaded: 95 % interval") if banded else title
+    return _page(_panelled(alt.LayerChart(layer=layers), data, panels, width, height), subtitles)
 
 
 def _ticks(values: Sequence[int], width: int) -> list[int]:
@@ -579,35 +586,40 @@ def _heatmap(
     value: tuple[str, str],
     more: tuple[str, str],
     title: tuple[str, str],
-    scale: alt.Scale,
-    legend: Sequence[float] = (),
+    labels: Sequence[float],
+    kind: Literal["linear", "sqrt"] = "linear",
 ) -> Chart:
+    """Return a heatmap for each panel, cells of one height; ``labels`` of the colours include their ends."""
     import altair as alt
 
     panels = list(dict.fromkeys(row["panel"] for row in data))
-    across, down = (sorted({row[field] for row in data}) for field in ("x", "y"))
-    # Cells of whole pixels: others leave seams.
-    width = len(across) * max(1, (WIDTH if len(panels) == 1 else PANEL_WIDTH) // len(across))
-    height = len(down) * min(max(4, WIDTH // len(down)), 14)
-    cells = (
-        alt.Chart()
-        .mark_rect()
-        .encode(
+    color = alt.Color(
+        "value:Q",
+        title=value[0],
+        scale=alt.Scale(scheme="viridis", type=kind, domain=[labels[0], labels[-1]], nice=False),
+        legend=alt.Legend(
+            orient="bottom",
+            direction="horizontal",
+            gradientLength=WIDTH // 2,
+            titleLimit=0,
+            format=".3~g",
+            values=list(labels),
+        ),
+    )
+    tallest = max(len({row["y"] for row in data if row["panel"] == panel}) for panel in panels)
+    cell = min(max(4, WIDTH // tallest), 14)
+    charts = []
+    for panel in panels:
+        rows = [row for row in data if row["panel"] == panel]
+        across, down = (sorted({row[field] for row in rows}) for field in ("x", "y"))
+        # Cells of whole pixels: others leave seams.
+        width = len(across) * max(1, (WIDTH if len(panels) == 1 else PANEL_WIDTH) // len(across))
+        height = len(down) * cell
+        cells = alt.Chart().properties(data=_values(rows), width=width, height=height).mark_rect()
+        cells = cells.encode(
             x=alt.X("x:O", title=x, axis=alt.Axis(values=_ticks(across, width), labelAngle=0)),
             y=alt.Y("y:O", title=y, axis=alt.Axis(values=_ticks(down, 2 * height))),
-            color=alt.Color(
-                "value:Q",
-                title=value[0],
-                scale=scale,
-                legend=alt.Legend(
-                    orient="bottom",
-                    direction="horizontal",
-                    gradientLength=WIDTH // 2,
-                    titleLimit=0,
-                    format="~g",
-                    values=list(legend) or alt.Undefined,
-                ),
-            ),
+            color=color,
             tooltip=[
                 alt.Tooltip("y:O", title=y),
                 alt.Tooltip("x:O", title=x),
@@ -615,8 +627,19 @@ def _heatmap(
                 alt.Tooltip("more:Q", title=more[0], format=more[1]),
             ],
         )
-    )
-    return _page(cells, data, panels, width, height, title, own_axes=True)
+        charts.append(cells)
+    if len(panels) == 1:
+        return _page(charts[0], title)
+    for chart, panel in zip(charts, panels, strict=True):
+        chart.title = alt.Title(panel, fontSize=13, fontWeight="normal", frame="group", offset=8, limit=PANEL_WIDTH)
+    return _page(alt.concat(*charts, columns=2), title)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    """Return round numbers from below the least of the values to above the largest."""
+    low, high = min(values), max(values)
+    step = _step(low, high)
+    return [round(step * i, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 # The waterfall
@@ -630,12 +653,14 @@ def _steps(panel: str, rows: Sequence[Row]) -> list[Row]:
     steps = [{"step": "uniform", "from": first, "to": first, "kind": "uniform", "text": f"{first:.2f} unique experts"}]
     for row in rows:
         interval = "none"
-        text = f"{-row['drop']:+.2f}".replace("-", "−") if row["drop"] else ""
+        # An unresolved label has neither a drop nor a share.
+        text = f"{0.0 - row['drop']:+.2f}" if row["drop"] or row["share"] is not None else ""
         if row["share"] is not None:
             text += f" = {row['share']:.1%}"
         if row["share_lo"] is not None:
             interval = f"{100 * row['share_lo']:.1f} to {100 * row['share_hi']:.1f}"
             text += f" ({interval})"
+        text = text.replace("-", "−")
         if not row["resolved"]:
             text = f"{text}, not resolved".removeprefix(", ")
         step = _CAUSES.get(row["cause"], row["cause"])
@@ -699,48 +724,55 @@ def _waterfall(data: list[Row], axis_title: str, title: tuple[str, ...]) -> Char
             x=alt.X("right:Q", title=axis_title), text="text:N"
         ),
     ]
-    return _page(alt.LayerChart(layer=layers), data, panels, width, 200, title, own_axes=True, columns=1)
+    return _page(_panelled(alt.LayerChart(layer=layers), data, panels, width, 200, own_scales=True), title)
 
 
 def _between(low: float, high: float) -> list[float]:
     """Return at most six round numbers from ``low`` to ``high``."""
+    step = _step(low, high)
+    return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _step(low: float, high: float) -> float:
+    """Return the distance of at most six round numbers between two values."""
     span = (high - low) or 1.0
     unit = 10.0 ** math.floor(math.log10(span / 6))
-    step = next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= 6)
-    return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= 6)
 
 
 # The page
 
 
-def _page(
-    body: alt.Chart | alt.LayerChart,
-    data: list[Row],
-    panels: Sequence[str],
-    width: int,
-    height: int,
-    title: tuple[str, ...],
-    *,
-    own_axes: bool = False,
-    columns: int = 2,
-) -> Chart:
-    """Put the plot on a page with its data and title, in panels where there are several."""
-    import altair as alt
-
+def _values(data: list[Row]) -> dict[str, list[Row]]:
+    """Return data for a chart."""
     # Data given as values are not subject to Altair's limit on rows, which is a global setting.
     # As a mapping they are not checked row by row either, which takes 20 s for 92 layers of 512 experts.
-    values = {"values": [{k: v for k, v in row.items() if v is not None} for row in data]}
+    return {"values": [{k: v for k, v in row.items() if v is not None} for row in data]}
+
+
+def _panelled(
+    body: alt.LayerChart, data: list[Row], panels: Sequence[str], width: int, height: int, *, own_scales: bool = False
+) -> Chart:
+    """Return the plot with its data, in panels where there are several: side by side if they share their scales."""
+    import altair as alt
+
     body = body.properties(width=width, height=height)
-    heading = alt.Title(title[0], subtitle=list(title[1:]))
-    page: Chart
     if len(panels) == 1:
-        page = body.properties(data=values, title=heading)
-    else:
-        header = alt.Header(title=None, labelFontSize=13, labelColor=INK, labelLimit=width, labelAnchor="start")
-        page = body.facet(facet=alt.Facet("panel:N", sort=list(panels), header=header), columns=columns, data=values)
-        page = page.properties(title=heading)
-        if own_axes:
-            page = page.resolve_scale(x="independent", y="independent")
+        return body.properties(data=_values(data))
+    header = alt.Header(title=None, labelFontSize=13, labelColor=INK, labelLimit=width, labelAnchor="start")
+    facet = alt.Facet("panel:N", sort=list(panels), header=header)
+    facets = body.facet(facet=facet, columns=1 if own_scales else 2, data=_values(data))
+    resolved: Chart = (
+        facets.resolve_scale(x="independent", y="independent") if own_scales else facets.resolve_axis(x="independent")
+    )
+    return resolved
+
+
+def _page(page: Chart, title: tuple[str, ...]) -> Chart:
+    """Put a title on a chart and give it the look of all."""
+    import altair as alt
+
+    page = page.properties(title=alt.Title(title[0], subtitle=list(title[1:])))
     styled: Chart = (
         page.configure(background="white", font="Helvetica, Arial, sans-serif", padding=10)
         .configure_view(stroke=None)

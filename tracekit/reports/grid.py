@@ -12,6 +12,9 @@ GAP = 2
 SHORTEST = 12
 """Cells below which a text column is hidden rather than cut further."""
 
+NAMED = 8
+"""Hidden columns that are named."""
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -50,22 +53,24 @@ class Block:
 def draw(blocks: Sequence[Block], width: int, *, bold: bool = False) -> str:
     """Return ``blocks`` as text no wider than ``width`` cells, headings in bold if ``bold``.
 
-    A block that is too wide first has its columns of text cut (``…``), then columns hidden; the last line says which.
+    A block that is too wide first has its columns of text cut (``…``), then columns hidden; the last line names them.
     """
     hidden: dict[str, None] = {}
     parts = ["".join(line.rstrip() + "\n" for line in _lines(block, width, bold, hidden)) for block in blocks]
     if hidden:
-        what = "1 more column" if len(hidden) == 1 else f"{len(hidden)} more columns"
-        names = shorten(", ".join(hidden), width)
-        parts.append("".join(line + "\n" for line in wrap(f"({what}: {names}; --format csv shows all)", width)))
+        names, rest = list(hidden)[:NAMED], len(hidden) - NAMED
+        if rest > 0:
+            names.append(f"{rest} more")
+        remark = f"(no room for {', '.join(names)}; --format csv has every column)"
+        parts.append("".join(line + "\n" for line in wrap(remark, width)))
     return "\n".join(parts)
 
 
 def _lines(block: Block, width: int, bold: bool, hidden: dict[str, None]) -> list[str]:
-    columns, taken = list(block.columns), []
+    columns = list(block.columns)
     while len(columns) > 1 and _least(columns) > width:
-        taken.append(columns.pop(max(range(1, len(columns)), key=lambda i: (columns[i].rank, i))))
-    hidden.update(dict.fromkeys(column.name or column.title for column in reversed(taken)))
+        columns.pop(max(range(1, len(columns)), key=lambda i: (columns[i].rank, i)))
+    hidden.update(dict.fromkeys(c.name or c.title for c in block.columns if not any(c is shown for shown in columns)))
     widths = _cut([min(column.width, width) for column in columns], columns, width)
     lines = [_strong(line, bold) for line in wrap(block.title, width)]
     if columns:

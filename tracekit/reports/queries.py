@@ -23,8 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tracekit.analysis import MAX_LAG, MAX_WINDOW, StoreLike, as_store, ensure
-from tracekit.errors import QueryError, UnsupportedError, UsageError
+from tracekit.analysis import StoreLike, as_store, ensure, warn_of
+from tracekit.errors import QueryError, UsageError
 from tracekit.schema import PHASES, Phase
 
 if TYPE_CHECKING:
@@ -88,11 +88,12 @@ class Need:
     """As written: a word, a number or ``$parameter``; several, separated by blanks, make a tuple."""
 
     def bind(self, values: Mapping[str, Value]) -> dict[str, Any]:
-        """Return the arguments with the query's parameters put in."""
+        """Return the arguments with the query's parameters put in, without those that are not given."""
         bound: dict[str, Any] = {}
         for name, text in self.arguments.items():
-            items = [_argument(item, values) for item in text.split()]
-            bound[name] = items[0] if len(items) == 1 else tuple(dict.fromkeys(items))
+            items = [item for word in text.split() if (item := _argument(word, values)) is not None]
+            if items:
+                bound[name] = items[0] if " " not in text else tuple(dict.fromkeys(items))
         return bound
 
 
@@ -208,7 +209,8 @@ def run(
 def prepare(store: Store, name: str, params: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Compute the results that a query needs; those that the store holds already cost nothing.
 
-    A trace that cannot support a result (one without labels, say) is left out where another one can.
+    A trace that cannot support a result (one without labels, say) is left out, with a warning, where another one can.
+    The length of a window or a lag that was not given is the metric's own default, so that short traces have it.
 
     Parameters
     ----------
@@ -221,23 +223,14 @@ def prepare(store: Store, name: str, params: Mapping[str, Any] | None = None, **
         No trace asked for supports the result.
     """
     found = find(name)
-    given = found.bind(params or {})
-    values = {p.name: p.default for p in found.parameters} | given
+    values = found.bind(params or {})
     wanted = [(need.metric, need.bind(values)) for need in found.needs]
-    for _, arguments in wanted:
-        # A window or lag below the default would be measured again for whoever asks for the default.
-        for argument, least in (("max_window", MAX_WINDOW), ("max_lag", MAX_LAG)):
-            if argument in arguments:
-                arguments[argument] = max(arguments[argument], least)
-    traces = [store.trace(str(given["trace"]))] if "trace" in given else store.traces()
-    refusals = []
-    for trace in traces if wanted else []:
-        try:
-            ensure(store, wanted, trace=trace.name, phase=cast("Phase | None", values.get("phase")), **options)
-        except UnsupportedError as error:
-            refusals.append(error)
-    if refusals and len(refusals) == len(traces):
-        raise refusals[0]
+    if wanted:
+        trace, phase = (cast("Any", values.get(selector)) for selector in ("trace", "phase"))
+        ensure(store, wanted, trace=trace, phase=phase, **options)
+        return
+    for info in store.traces() if values.get("trace") is None else [store.trace(str(values["trace"]))]:
+        warn_of(info)
 
 
 def summary(
@@ -245,7 +238,7 @@ def summary(
     *,
     trace: str | None = None,
     phase: Phase | None = None,
-    window: int = 4,
+    window: int | None = None,
     intervals: bool = True,
     seed: int = 0,
 ) -> pl.DataFrame:
@@ -256,11 +249,11 @@ def summary(
     store
         A store or its path.
     trace
-        Name of one trace; default: every trace of the store.
+        Name of one trace; default: every trace of the store that can answer.
     phase
         ``decode``, ``prefill`` or ``all``; default: decode where the trace knows it, else what there is.
     window
-        Window length T in tokens.
+        Window length T in tokens. Default: 4, or what the trace has.
     intervals, seed
         As the metrics take them.
     """
@@ -269,7 +262,7 @@ def summary(
 
 def _argument(text: str, values: Mapping[str, Value]) -> Value:
     if text.startswith("$"):
-        return values[text[1:]]
+        return values.get(text[1:])
     return int(text) if text.isdigit() else text
 
 

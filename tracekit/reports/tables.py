@@ -10,10 +10,13 @@ from typing import Any
 
 import polars as pl
 
+from tracekit.analysis import WINDOW
+from tracekit.reports import modelling
 from tracekit.reports.export import EXPORT_FORMATS, export, plain
 from tracekit.reports.grid import Block, Column, draw, wrap
 from tracekit.reports.queries import Query
-from tracekit.reports.text import MISSING, align, count, interval, number, printable, scale
+from tracekit.reports.text import MISSING, NOISE, align, count, fixed, interval, number, printable, scale
+from tracekit.schema import BASELINES, CAUSES
 
 FORMATS = ("table", *EXPORT_FORMATS)
 """What ``render`` takes; ``table`` is for reading, the others carry every column and exact values."""
@@ -53,9 +56,12 @@ def render(
     """
     if fmt != "table":
         return export(frame, fmt)
-    make = LAYOUTS[layout] if layout else _generic
     if frame.is_empty() and layout:
         return "(no rows)\n"
+    by = _group_column(frame)
+    if layout in GROUPED and by:
+        return draw(list(GROUPED[layout](frame, by)), width, bold=bold)
+    make = LAYOUTS[layout] if layout else _generic
     return draw(list(make(frame)), width, bold=bold)
 
 
@@ -83,48 +89,32 @@ def description(query: Query, width: int = WIDTH) -> str:
 
 
 def _windows(frame: pl.DataFrame) -> Iterator[Block]:
-    by = _group_column(frame)
-    if by is None:
-        for title, rows in _parts(frame, ["trace", "phase", "batch_size"]):
-            first = Column("window", [str(row["window"]) for row in rows])
-            yield Block([first, *_unique(rows), *_expected(rows)], f"{title}: unique experts, and how many to expect")
-            yield Block([first, *_reductions(rows)], "fewer than expected, %")
-        return
-    for title, rows in _parts(frame, ["trace", "phase", "batch_size", "window"]):
-        columns = [_group(by, rows), *_unique(rows, rank=1), *_reductions(rows, rank=2), *_expected(rows, rank=6)]
-        yield Block(columns, f"{title}: unique experts, % fewer than expected")
+    for title, rows in _parts(frame, ["trace", "phase", "batch_size"]):
+        first = Column("window", [str(row["window"]) for row in rows])
+        columns = [first, *_estimate("observed", rows, "observed"), _values("× k", rows, "per_top_k")]
+        columns += [_values(name, rows, f"expected_{name}") for name in BASELINES if _any(rows, f"expected_{name}")]
+        yield Block(columns, f"{title}: unique experts, and how many to expect")
+        columns = [first]
+        # Where there is no room the label's interval goes first, then popularity's.
+        for name, rank in zip(BASELINES, (1, 2, 3, 1), strict=True):
+            if _any(rows, f"reduction_{name}"):
+                columns += _estimate(name, rows, f"reduction_{name}", factor=100, interval_rank=rank)
+        yield Block(columns, "fewer than expected, %")
 
 
-def _unique(rows: Sequence[Row], rank: int = 0) -> list[Column]:
-    return [*_estimate("observed", rows, "observed"), _values("× k", rows, "per_top_k", rank=rank)]
-
-
-def _expected(rows: Sequence[Row], rank: int = 0) -> list[Column]:
-    names = ("uniform", "popularity", "label", "request")
-    return [_values(name, rows, f"expected_{name}", rank=rank) for name in names if _any(rows, f"expected_{name}")]
-
-
-def _reductions(rows: Sequence[Row], rank: int = 0) -> list[Column]:
-    """Reductions in percent; where there is no room the label's interval goes first, then popularity's."""
-    columns = []
-    for name, yields in (("uniform", 1), ("popularity", 2), ("label", 3), ("request", 1)):
-        if _any(rows, f"reduction_{name}"):
-            columns += _estimate(name, rows, f"reduction_{name}", factor=100, interval_rank=rank + yields)
-    return columns
+def _windows_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
+    one = frame.filter(pl.col("window") <= WINDOW).filter(pl.col("window") == pl.col("window").max().over("trace"))
+    for title, rows in _parts(one, ["trace", "phase", "batch_size", "window"]):
+        columns = [_group(by, rows), *_estimate("observed", rows, "observed")]
+        columns += [_percent(name, rows, f"reduction_{name}") for name in BASELINES if _any(rows, f"reduction_{name}")]
+        yield Block(columns, f"{title}: unique experts, and how far below each baseline")
+    others = "the other windows and " if one.height < frame.height else ""
+    yield Block([], notes=[f"(--format csv has {others}every column)"])
 
 
 def _autocorr(frame: pl.DataFrame) -> Iterator[Block]:
-    by = _group_column(frame)
-    keys = ["trace", "phase"] if by is None else ["trace", "phase", "lag"]
-    for title, rows in _parts(frame, keys):
-        first = Column("lag", [str(row["lag"]) for row in rows]) if by is None else _group(by, rows)
-        # The uniform and the popularity expectation do not depend on the lag: they stand above the table.
-        fixed = {name: {row[f"expected_{name}"] for row in rows} for name in ("uniform", "popularity")}
-        above = [f"{name} {number(values.pop())}" for name, values in fixed.items() if len(values) == 1]
-        columns = [first, *_estimate("overlap", rows, "overlap")]
-        columns += [
-            _values(name, rows, f"expected_{name}", rank=1) for name, values in fixed.items() if len(values) > 1
-        ]
+    for title, rows in _parts(frame, ["trace", "phase"]):
+        columns = [Column("lag", [str(row["lag"]) for row in rows]), *_estimate("overlap", rows, "overlap")]
         columns += [
             _values(heading, rows, name)
             for heading, name in (
@@ -137,24 +127,83 @@ def _autocorr(frame: pl.DataFrame) -> Iterator[Block]:
             )
             if _any(rows, name)
         ]
-        yield Block(columns, title + ": overlap" + (f" (expected: {', '.join(above)})" if above else ""))
+        yield Block(columns, f"{title}: overlap{_constant(rows)}")
+
+
+def _autocorr_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
+    largest = frame["lag"].max()
+    lags = [lag for lag in frame["lag"].unique().sort() if lag == largest or lag.bit_count() == 1]
+    for title, rows in _parts(frame, ["trace", "phase"]):
+        at = {lag: [row for row in rows if row["lag"] == lag] for lag in lags}
+        columns = [_group(by, at[1])]
+        if not _constant(rows, "popularity"):
+            columns.append(_values("popularity", at[1], "expected_popularity"))
+        columns.append(_values("request", at[1], "expected_request"))
+        columns += [
+            Column(f"lag {lag}", [fixed(row["overlap"], 3) for row in part]) for lag, part in at.items() if part
+        ]
+        yield Block(columns, f"{title}: overlap by lag{_constant(rows)}")
+    yield Block([], notes=["(request: expected at lag 1; --format csv has every lag and column)"])
+
+
+def _constant(rows: Sequence[Row], *names: str) -> str:
+    """Return the expectations that hold for every row, to stand above the table."""
+    above = []
+    for name in names or ("uniform", "popularity"):
+        values = {row[f"expected_{name}"] for row in rows}
+        above += [f"{name} {number(value)}" for value in values if len(values) == 1]
+    return f" (expected: {', '.join(above)})" if above else ""
+
+
+NEGATIVE = {
+    "request": "a request's tokens are no more alike than the trace's, or the requests are too few to tell",
+    "token_order": "neighbours share fewer experts than tokens in random order",
+}
+"""What it says of a cause that its share is below zero."""
 
 
 def _attribution(frame: pl.DataFrame) -> Iterator[Block]:
-    by = _group_column(frame)
-    for title, rows in _parts(frame, ["trace", "phase", *([by] if by else []), "window"]):
-        # An unresolved label has no share of its own; its drop went to the request.
-        shares = [number(scale(row["share"], 100), _half(row, "share", 100)) for row in rows]
+    for title, rows in _parts(frame, ["trace", "phase", "window"]):
+        words = [["unresolved"] * (not row["resolved"]) + ["negative"] * _negative(row) for row in rows]
         columns = [
-            Column("cause", [_text(row["cause"]).replace("_", " ") for row in rows], right=False),
+            Column("cause", [_cause(row["cause"]) for row in rows], right=False),
             Column("from", align([number(row["unique_before"]) for row in rows])),
             Column("→ to", align([number(row["unique_after"]) for row in rows])),
             Column("drop", align([number(row["drop"]) for row in rows])),
-            Column("share, %", align(shares)),
-            *_interval(rows, "share", factor=100),
-            Column("", ["" if row["resolved"] else "unresolved" for row in rows], right=False),
+            # An unresolved label has no share of its own; its drop went to the request.
+            *_estimate("share, %", rows, "share", factor=100),
+            Column("", [", ".join(word) for word in words], right=False),
         ]
-        yield Block(columns, f"{title}: unique experts, cause by cause")
+        yield Block(columns, f"{title}: unique experts, cause by cause", _warnings(rows))
+
+
+def _attribution_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
+    for title, rows in _parts(frame, ["trace", "phase", "window"]):
+        causes = {cause: [row for row in rows if row["cause"] == cause] for cause in CAUSES}
+        first, last = causes[CAUSES[0]], causes[CAUSES[-1]]
+        columns = [_group(by, first), _values("uniform", first, "unique_before")]
+        columns.append(_values("observed", last, "unique_after"))
+        for cause, part in causes.items():
+            cells = zip(_percent("", part, "share").cells, part, strict=True)
+            marked = [cell + (" " if row["resolved"] else "*") for cell, row in cells]
+            columns.append(Column(_cause(cause), marked))
+        unresolved = [] if all(row["resolved"] for row in rows) else ["* not resolved"]
+        notes = unresolved + _warnings(rows)
+        yield Block(columns, f"{title}: unique experts, and the causes' shares of the drop", notes)
+    yield Block([], notes=["(--format csv has every step and interval)"])
+
+
+def _cause(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _negative(row: Row) -> bool:
+    return row["share"] is not None and row["share"] < -NOISE
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    found = {row["cause"] for row in rows if _negative(row)}
+    return [f"{_cause(cause)}, negative: {said}" for cause, said in NEGATIVE.items() if cause in found]
 
 
 def _load(frame: pl.DataFrame) -> Iterator[Block]:
@@ -200,7 +249,7 @@ def _summary(frame: pl.DataFrame) -> Iterator[Block]:
             notes += ["", "", *(_text(row["note"] or "") for row in inside)]
         columns = [Column("figure", names[1:], right=False), Column("value", values[1:])]
         if any(intervals):
-            columns.append(Column("95 %", intervals[1:], right=False, gap=1, name="lo, hi"))
+            columns.append(Column("95 %", intervals[1:], right=False, gap=1, name="lo/hi"))
         columns.append(Column("", notes[1:], right=False, cut=True, fold=True, name="note"))
         yield Block(columns, title)
 
@@ -221,12 +270,32 @@ def _figure(row: Row, factor: float) -> str:
 
 def _info(frame: pl.DataFrame) -> Iterator[Block]:
     for row in frame.iter_rows(named=True):
-        names = [name for name in row if name != "trace" and row[name] is not None]
-        values = [_counted(row[name]) for name in names]
+        names = [name for name in row if name != "trace"]
+        values = ["unknown" if row[name] is None else _counted(row[name]) for name in names]
         yield Block(
             [Column("", names, right=False), Column("", values, right=False, cut=True, fold=True)],
             f"trace {_text(row['trace'])}",
         )
+
+
+def _formats(frame: pl.DataFrame) -> Iterator[Block]:
+    for row in frame.iter_rows(named=True):
+        lines = [_text(row["title"]), _text(row["example"])]
+        yield Block(
+            [Column("", ["", ""], right=False), Column("", lines, right=False, cut=True, fold=True)], row["format"]
+        )
+
+
+def _check(frame: pl.DataFrame) -> Iterator[Block]:
+    several = frame["trace"].n_unique() > 1
+    for row in frame.iter_rows(named=True):
+        names = ("where", "evidence", "effect", "remedy")
+        columns = [
+            Column("", [f"  {name}" for name in names], right=False),
+            Column("", [_text(row[name]) for name in names], right=False, cut=True, fold=True),
+        ]
+        of_trace = f", trace {_text(row['trace'])}" if several else ""
+        yield Block(columns, f"{row['severity']}: {_text(row['finding'])}{of_trace}")
 
 
 def _generic(frame: pl.DataFrame) -> Iterator[Block]:
@@ -243,9 +312,16 @@ def _generic(frame: pl.DataFrame) -> Iterator[Block]:
     if frame.height == 0:
         notes = ["(no rows)"]
     elif frame.height > MAX_ROWS:
-        notes = [f"({count(frame.height - MAX_ROWS)} more rows; --format csv shows all)"]
+        notes = [f"(the first {MAX_ROWS} rows; --format csv has all)"]
     yield Block(columns, notes=notes)
 
+
+GROUPED: dict[str, Callable[[pl.DataFrame, str], Iterable[Block]]] = {
+    "windows": _windows_by,
+    "autocorr": _autocorr_by,
+    "attribution": _attribution_by,
+}
+"""The layouts of frames that have a row for each layer, label or request: one table a trace, one line a group."""
 
 LAYOUTS: dict[str, Callable[[pl.DataFrame], Iterable[Block]]] = {
     "windows": _windows,
@@ -253,7 +329,11 @@ LAYOUTS: dict[str, Callable[[pl.DataFrame], Iterable[Block]]] = {
     "attribution": _attribution,
     "load": _load,
     "summary": _summary,
+    "formats": _formats,
     "info": _info,
+    "check": _check,
+    "models": modelling.models,
+    "model": modelling.model,
 }
 """The layouts by name: each takes a frame with the columns of the function it is named after."""
 
@@ -287,18 +367,23 @@ def _any(rows: Sequence[Row], name: str) -> bool:
     return any(row[name] is not None for row in rows)
 
 
+def _percent(title: str, rows: Sequence[Row], name: str) -> Column:
+    cells = [fixed(scale(row[name], 100), 1) for row in rows]
+    return Column(title, [cell if cell == MISSING else f"{cell} %" for cell in cells], name=name)
+
+
 def _estimate(title: str, rows: Sequence[Row], name: str, *, factor: float = 1, interval_rank: int = 0) -> list[Column]:
     """Return a column of estimates, rounded by their intervals, and the column of the intervals."""
     cells = [number(scale(row[name], factor), _half(row, name, factor)) for row in rows]
     return [
-        Column(title, align(cells)),
+        Column(title, align(cells), name=name),
         *_interval(rows, name, factor=factor, rank=interval_rank),
     ]
 
 
 def _interval(rows: Sequence[Row], name: str, *, factor: float = 1, rank: int = 0) -> list[Column]:
     cells = [interval(scale(row[f"{name}_lo"], factor), scale(row[f"{name}_hi"], factor)) for row in rows]
-    return [Column("95 %", cells, right=False, rank=rank, gap=1, name=f"{name}_lo, {name}_hi")] if any(cells) else []
+    return [Column("95 %", cells, right=False, rank=rank, gap=1, name=f"{name}_lo/hi")] if any(cells) else []
 
 
 def _half(row: Row, name: str, factor: float = 1) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate
 
 NOISE = 1e-12
 """What is smaller comes from rounding in the arithmetic."""
@@ -46,16 +47,17 @@ def _cells(char: str) -> int:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return ``text`` cut to ``width`` cells, the cut marked with ``…``."""
+    """Return ``text`` cut to ``width`` cells, ``…`` in its middle: what tells names apart is often at their end."""
     if display_width(text) <= width:
         return text
-    kept, used = "", 0
-    for char in text:
-        used += _cells(char)
-        if used > width - 1:
-            break
-        kept += char
-    return kept + "…"
+    head = _first(text, width // 2)
+    return head + "…" + _first(text[::-1], width - 1 - display_width(head))[::-1]
+
+
+def _first(text: str, width: int) -> str:
+    """Return the first characters of ``text``, as many as ``width`` cells hold."""
+    used = accumulate(map(_cells, text))
+    return "".join(char for char, cells in zip(text, used, strict=True) if cells <= width)
 
 
 def pad(text: str, width: int, *, right: bool) -> str:
@@ -78,14 +80,17 @@ def number(value: float | None, half_width: float | None = None) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     if half_width is not None and math.isfinite(half_width) and half_width > max(NOISE, abs(value) * 1e-9):
-        return _fixed(value, decimals(half_width))
+        return fixed(value, decimals(half_width))
     if abs(value) < NOISE:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
-    return f"{value:.3g}" if magnitude < -5 else _fixed(value, max(0, 3 - magnitude))
+    return f"{value:.3g}" if magnitude < -5 else fixed(value, max(0, 3 - magnitude))
 
 
-def _fixed(value: float, places: int) -> str:
+def fixed(value: float | None, places: int) -> str:
+    """Return ``value`` with a number of decimals."""
+    if value is None:
+        return MISSING
     text = f"{value:.{places}f}"
     return text.lstrip("-") if float(text) == 0 else text
 
