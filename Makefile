@@ -69,7 +69,7 @@ bare: $(VENV)/developed $(BARE)/installed
 	@rm -rf $(BARE)/dist
 	$(BIN)/python -m hatchling build -t wheel -d $(BARE)/dist
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(BARE)/dist/*.whl
-	cd $(BARE) && bin/tracekit --version && bin/tracekit --help > help.txt && bin/tracekit query --list > list.txt
+	cd $(BARE) && bin/tracekit --version && bin/tracekit --help > help.txt && bin/tracekit query --list > list.txt && bin/tracekit models > models.txt
 	cd $(BARE) && rm -rf s.* store && bin/tracekit synth sticky s.npz --quiet > truth.txt \
 		&& bin/tracekit ingest s.npz --requests s.requests.json --store store && bin/tracekit summary store > summary.txt
 

@@ -99,7 +99,9 @@ def _history(
     t = np.uint64(begin)
     stop = np.uint64(end)
     while t < stop:
-        if lag == _U0:
+        if t == _U0:
+            pass  # the table is empty
+        elif lag == _U0:
             for e in range(n_experts):
                 uses = table[base + e]
                 counts[e] += _popcount(uses >> past)
