@@ -65,6 +65,9 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--label", "x"], "key=value"),
+        (["--predict", "oracle"], "next-gate"),
+        (["--predict-distance", "2"], "give --predict too"),
+        (["--predict", "next-gate", "--predict-distance", "0"], "predict-distance"),
     ],
 )
 def test_options_that_cannot_be_are_usage_errors(
@@ -85,6 +88,8 @@ def test_options_that_cannot_be_are_usage_errors(
         {"top_p": 0.0},
         {"draft_tokens": 2, "batch_size": 2},
         {"draft_tokens": 2, "teacher_forcing": True},
+        {"predict": "oracle"},
+        {"predict": "next-gate", "predict_distance": 0},
     ],
 )
 def test_a_run_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:

@@ -76,6 +76,21 @@ class VerifySteps:
 
 
 @dataclass(slots=True)
+class Predictions:
+    """What one predictor said, ahead of time, about the experts that the tokens of a request would be routed to."""
+
+    predictor: str
+    """Its name, such as ``next_gate``."""
+    distance: int
+    """MoE layers between where the prediction was made and the layer that it is about, 1 or more."""
+    ids: NDArray[np.unsignedinteger[Any]]
+    """Predicted experts ``[tokens, layers, m]``, the likeliest first where the predictor ranks them; the layer axis is
+    that of the layer predicted, not of the one predicted from. Rows that are not ``known`` mean nothing."""
+    known: NDArray[np.bool_]
+    """``[tokens, layers]`` where there is a prediction: the first layers have none before them to predict from."""
+
+
+@dataclass(slots=True)
 class Histogram:
     """Counts per expert of a source that keeps no tokens, in canonical form."""
 
@@ -118,6 +133,8 @@ class Request:
     """Router weights ``[tokens, layers, k]``, aligned with ``ids``."""
     steps: VerifySteps | None = None
     """Verification steps with their rejected drafts, where the source has them; ``ids`` hold the kept rows."""
+    predictions: tuple[Predictions, ...] = ()
+    """What predictors said about the routing of these rows, one entry per predictor and distance."""
     where: str = ""
     """File and line or row it came from, for messages."""
 

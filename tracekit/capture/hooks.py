@@ -64,6 +64,12 @@ class _Block:
     calls: int = 0
     routed: Any = None
     """What the router returned."""
+    entered: Any = None
+    """What the router was given, where experts are predicted."""
+    asked: Any = None
+    """``[rows, k]`` experts that the router chose by itself, to be held against what ran."""
+    predicted: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """By distance: ids and, where the router gives them, weights ``[rows, k]``."""
 
 
 @dataclass(slots=True)
@@ -74,6 +80,9 @@ class Rows:
     """``[rows, layers, k]``; where weights are seen, the largest first (Phi: in the order of choice)."""
     weights: NDArray[np.float32] | None
     """``[rows, layers, k]``, aligned with ``ids``."""
+    predicted: NDArray[np.unsignedinteger[Any]] | None = None
+    """``[rows, distances, layers, k]`` what the routers said 1, 2, … MoE layers before, where that is asked for; of the
+    first layers, which have too few before them, nothing that counts."""
 
 
 @dataclass(slots=True)
@@ -88,11 +97,14 @@ class Taps:
         Its MoE layers, by layer number.
     model_name
         For messages.
+    distance
+        How many MoE layers ahead the next gates are asked; 0: not at all.
     """
 
     config: ModelConfig
     blocks: list[_Block]
     model_name: str
+    distance: int = 0
     ordered: bool | None = None
     """Whether rank 0 is the router's first choice; None before the first forward, or where nothing says so."""
     _sources: set[str] = field(default_factory=set)
@@ -115,7 +127,8 @@ class Taps:
     def clear(self) -> None:
         """Forget what was not taken."""
         for block in self.blocks:
-            block.ids = block.weights = block.routed = None
+            block.ids = block.weights = block.routed = block.entered = block.asked = None
+            block.predicted.clear()
             block.calls = 0
 
     def take(self, rows: int) -> Rows:
@@ -139,12 +152,46 @@ class Taps:
                 ids.append(found[0].cpu().numpy())
                 if found[1] is not None:
                     weights.append(found[1].cpu().numpy())
+            predicted = self._predicted(rows) if self.distance else None
         finally:
             self.clear()
         if len({array.shape for array in ids}) > 1:
             counts = sorted({array.shape[1] for array in ids})
             raise UnsupportedError(f"layers of {self.model_name} run different numbers of experts: {counts}")
-        return self._checked(np.stack(ids, 1), np.stack(weights, 1) if len(weights) == len(ids) else None)
+        taken = self._checked(np.stack(ids, 1), np.stack(weights, 1) if len(weights) == len(ids) else None)
+        if predicted is not None:
+            self._check_asked(taken.ids, predicted[1])
+            taken.predicted = predicted[0]
+        return taken
+
+    def _predicted(self, rows: int) -> tuple[NDArray[np.unsignedinteger[Any]], list[NDArray[Any]]]:
+        """Return ``[rows, distances, layers, k]`` predictions, and by layer what the routers chose by themselves."""
+        asked = [block.asked for block in self.blocks]
+        if any(ids is None or ids.shape[0] != rows for ids in asked):
+            raise self.not_asked("its router does not say by itself which experts it would choose")
+        out = np.zeros((rows, self.distance, len(self.blocks), asked[0].shape[1]), id_dtype(self.config.num_experts))
+        for entry, block in enumerate(self.blocks):
+            for distance, (ids, weights) in block.predicted.items():
+                ids = ids.cpu().numpy()
+                if weights is not None and self.config.model_type not in _CHOOSES_IN_TURN:
+                    order = np.argsort(-weights.cpu().numpy(), axis=1, kind="stable")
+                    ids = np.take_along_axis(ids, order, 1)
+                out[:, distance - 1, entry] = ids
+        return out, [ids.cpu().numpy() for ids in asked]
+
+    def _check_asked(self, ran: NDArray[Any], asked: list[NDArray[Any]]) -> None:
+        """Refuse to predict with routers that are not all there is to the choice."""
+        for entry, ids in enumerate(asked):
+            if not np.array_equal(np.sort(ids, 1), np.sort(ran[:, entry], 1)):
+                raise self.not_asked("its router by itself chooses other experts than those that ran")
+
+    def not_asked(self, why: str) -> UnsupportedError:
+        """Return the error that says why nothing can be predicted."""
+        return UnsupportedError(
+            f"the next gate of {self.model_name} cannot be asked: {why}",
+            expected="a router that returns the experts it chooses",
+            remedy="Leave out the predictions",
+        )
 
     def _of(self, block: _Block, rows: int) -> tuple[Any, Any]:
         """Return ids and, where they are seen, weights of one block, both ``[rows, k]`` tensors."""
@@ -192,13 +239,16 @@ class Taps:
 
 
 @contextmanager
-def tapped(model: Any) -> Iterator[Taps]:
+def tapped(model: Any, *, distance: int = 0) -> Iterator[Taps]:
     """Keep hooks on the MoE layers of a model.
 
     Parameters
     ----------
     model
         A transformers model with routed experts.
+    distance
+        How many MoE layers ahead the next gates are asked what they would choose, from the input of the gate that
+        runs; 0: not at all.
 
     Raises
     ------
@@ -224,7 +274,12 @@ def tapped(model: Any) -> Iterator[Taps]:
             where=name,
             expected="a module named experts in each",
         )
-    taps = Taps(config, blocks, name)
+    if distance >= len(blocks):
+        raise UsageError(
+            f"predictions {distance} MoE layers ahead in a model of {len(blocks)}",
+            expected=f"at most {len(blocks) - 1}",
+        )
+    taps = Taps(config, blocks, name, distance)
     with ExitStack() as hooks:
         for block in blocks:
             for child in (*_EXPERTS, *_ROUTERS):
@@ -233,7 +288,8 @@ def tapped(model: Any) -> Iterator[Taps]:
                     handle = module.register_forward_pre_hook(_experts_hook(block, config), with_kwargs=True)
                     hooks.callback(handle.remove)
                 elif module is not None and child in _ROUTERS:
-                    hooks.callback(module.register_forward_hook(_router_hook(block)).remove)
+                    hook = _asking_hook(taps, block) if distance else _router_hook(block)
+                    hooks.callback(module.register_forward_hook(hook, with_kwargs=bool(distance)).remove)
         yield taps
 
 
@@ -278,10 +334,43 @@ def _experts_hook(block: _Block, config: ModelConfig) -> Any:
 
 def _router_hook(block: _Block) -> Any:
     def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        values = output if isinstance(output, tuple | list) else (output,)
-        block.routed = [value.detach() for value in values if hasattr(value, "detach")]
+        block.routed = _tensors(output)
 
     return hook
+
+
+def _asking_hook(taps: Taps, block: _Block) -> Any:
+    """Return a hook that also asks the router, when it runs, about the inputs of the routers before it."""
+    keep = _router_hook(block)
+    entry = next(i for i, other in enumerate(taps.blocks) if other is block)
+    torch = require("torch")
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        keep(module, args, output)
+        block.asked = _from_router(block.routed, taps.config)[0]
+        # The rest are the router's own, such as a bias: it is asked as it is, but about another input.
+        names, given = [*range(len(args)), *kwargs], [*args, *kwargs.values()]
+        wide = [i for i, v in enumerate(given) if torch.is_tensor(v) and v.is_floating_point() and v.dim() > 1]
+        if len(wide) != 1:
+            raise taps.not_asked("its router looks at more than one input")
+        block.entered = given[wide[0]].detach().clone()
+        for distance, earlier in enumerate(reversed(taps.blocks[max(0, entry - taps.distance) : entry]), start=1):
+            if earlier.entered is None or earlier.entered.shape != block.entered.shape:
+                raise taps.not_asked("the gates of its layers get different inputs")
+            other = dict(zip(names, given, strict=True)) | {names[wide[0]]: earlier.entered.to(block.entered.device)}
+            # Not called as a module: neither these hooks nor those of others are meant to see it.
+            said = module.forward(*(other[i] for i in range(len(args))), **{name: other[name] for name in kwargs})
+            ids, weights, _ = _from_router(_tensors(said), taps.config)
+            if ids is not None:
+                block.predicted[distance] = ids, weights
+
+    return hook
+
+
+def _tensors(output: Any) -> list[Any]:
+    """Return the tensors that a router returned."""
+    values = output if isinstance(output, tuple | list) else (output,)
+    return [value.detach() for value in values if hasattr(value, "detach")]
 
 
 def _index(values: list[Any]) -> tuple[Any, list[Any]]:

@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 
 from tracekit.capture.dependencies import require
 from tracekit.capture.hooks import Rows, Taps, tapped
-from tracekit.errors import SourceError, UnsupportedError
-from tracekit.schema import Request, TraceMeta
+from tracekit.errors import SourceError, UnsupportedError, UsageError
+from tracekit.schema import Predictions, Request, TraceMeta
 
 if TYPE_CHECKING:
     from tracekit.store import TraceInfo
 
 AnyArray = NDArray[Any]
+PREDICTORS = ("next-gate",)
+_FARTHEST = 255
 
 
 @dataclass(slots=True)
@@ -39,11 +41,13 @@ class Piece:
     ids: AnyArray
     weights: AnyArray | None
     token_ids: AnyArray | None
+    predicted: AnyArray | None = None
+    """``[rows, distances, layers, k]`` what the next gates said, see `tracekit.capture.hooks.Rows`."""
 
     def cut(self, rows: int) -> Piece:
         """Return the first rows."""
-        weights = None if self.weights is None else self.weights[:rows]
-        return Piece(self.start, self.ids[:rows], weights, None if self.token_ids is None else self.token_ids[:rows])
+        beside = (self.weights, self.token_ids, self.predicted)
+        return Piece(self.start, self.ids[:rows], *(None if array is None else array[:rows] for array in beside))
 
 
 @dataclass(slots=True)
@@ -271,7 +275,8 @@ class Recording:
         sequence.truncate(start)
         tokens = None if forward.token_ids is None else forward.token_ids[number][forward.keep[number]].astype(np.int64)
         weights = None if rows.weights is None else rows.weights[at]
-        sequence.pieces.append(Piece(start, rows.ids[at], weights, tokens))
+        predicted = None if rows.predicted is None else rows.predicted[at]
+        sequence.pieces.append(Piece(start, rows.ids[at], weights, tokens, predicted))
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``generate`` and make its sequences one batch of requests."""
@@ -351,7 +356,25 @@ def request_of(
         decode_start=decode_start,
         token_ids=np.concatenate(tokens) if len(tokens) == len(pieces) else None,
         weights=np.concatenate(weights) if len(weights) == len(pieces) else None,
+        predictions=_predictions([piece.predicted for piece in pieces if piece.predicted is not None]),
         where=where,
+    )
+
+
+def _predictions(pieces: Sequence[AnyArray]) -> tuple[Predictions, ...]:
+    """Return what the next gates said in all pieces, by distance."""
+    if not pieces:
+        return ()
+    predicted = np.concatenate(pieces)
+    rows, distances, layers, _ = predicted.shape
+    return tuple(
+        Predictions(
+            predictor="next_gate",
+            distance=distance,
+            ids=predicted[:, distance - 1],
+            known=np.broadcast_to(np.arange(layers) >= distance, (rows, layers)),
+        )
+        for distance in range(1, distances + 1)
     )
 
 
@@ -394,8 +417,27 @@ def trace_meta(
     )
 
 
+def distance_of(predict: str | None, distance: int) -> int:
+    """Return how many MoE layers ahead to predict, 0 for not at all.
+
+    Raises
+    ------
+    UsageError
+        There is no such predictor, or the distance is none.
+    """
+    if predict is None:
+        return 0
+    if predict not in PREDICTORS:
+        raise UsageError(f"predict {predict!r}", expected=", ".join(PREDICTORS))
+    if not 1 <= distance <= _FARTHEST:
+        raise UsageError(f"predict_distance is {distance}", expected=f"1 to {_FARTHEST}")
+    return distance
+
+
 @contextmanager
-def record(model: Any, *, token_ids: bool = True) -> Iterator[Recording]:
+def record(
+    model: Any, *, token_ids: bool = True, predict: str | None = None, predict_distance: int = 1
+) -> Iterator[Recording]:
     """Record the routing of every call of a transformers model in the block.
 
     ::
@@ -410,14 +452,19 @@ def record(model: Any, *, token_ids: bool = True) -> Iterator[Recording]:
         A transformers model with routed experts; it computes what it would compute without.
     token_ids
         Whether to keep the token ids.
+    predict, predict_distance
+        ``"next-gate"`` to keep beside the routing what the routers of the next 1 to ``predict_distance`` MoE layers
+        choose for the input of the gate that runs: a predictor for prefetching.
 
     Raises
     ------
     UnsupportedError
-        The model has no MoE layers that can be hooked; or, from the call itself, it does what no trace can tell:
-        beam search, a mask that hides what is padding.
+        The model has no MoE layers that can be hooked, or no routers that can predict; or, from the call itself, it
+        does what no trace can tell: beam search, a mask that hides what is padding.
+    UsageError
+        ``predict`` is no predictor, or the model has too few MoE layers for the distance.
     """
-    with tapped(model) as taps:
+    with tapped(model, distance=distance_of(predict, predict_distance)) as taps:
         recording = Recording(model, taps, token_ids=token_ids)
         with ExitStack() as undo:
             undo.callback(model.register_forward_pre_hook(recording._before, with_kwargs=True).remove)

@@ -198,7 +198,7 @@ def speculate(
     logits = large.run(tokens)
     size = logits.shape[1]
     rows = taps.take(len(tokens))
-    pieces = [Piece(0, rows.ids, rows.weights, np.array(tokens, np.int64))]
+    pieces = [Piece(0, rows.ids, rows.weights, np.array(tokens, np.int64), rows.predicted)]
     tokens.append(draw(sampling.distribution(logits[-1]), rng))
     starts, counts, kept, windows = [], [], [], []
     while len(tokens) < end and tokens[-1] not in eos:
@@ -214,7 +214,7 @@ def speculate(
         accepted, following = verify(sampling.distribution(logits), guesses, drafts, rng)
         new = [*drafts[:accepted], following]
         new = new[: next((i + 1 for i, token in enumerate(new) if token in eos), len(new))]
-        whole = Piece(start, rows.ids, rows.weights, np.array(window, np.int64))
+        whole = Piece(start, rows.ids, rows.weights, np.array(window, np.int64), rows.predicted)
         pieces.append(whole.cut(len(new)))
         tokens += new
         starts.append(start)

@@ -13,7 +13,7 @@ import numpy as np
 from tracekit.capture.dependencies import require
 from tracekit.capture.hooks import Taps, tapped
 from tracekit.capture.prompts import Prompt, read_prompts
-from tracekit.capture.recorder import Recording, record, request_of, trace_meta
+from tracekit.capture.recorder import Recording, distance_of, record, request_of, trace_meta
 from tracekit.capture.speculative import Sampling, check_pair, last_logits, speculate
 from tracekit.errors import MissingDependencyError, SourceError, UnsupportedError, UsageError
 from tracekit.schema import Request, TraceMeta
@@ -40,6 +40,10 @@ class Run:
     batch_size: int = 1
     draft_tokens: int = 0
     """K of speculative decoding; 0: none."""
+    predict: str | None = None
+    """What predicts experts ahead of their layers, if anything."""
+    predict_distance: int = 1
+    """How many MoE layers ahead, at most."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("draft_tokens", 0), ("seed", 0)):
@@ -55,6 +59,7 @@ class Run:
                 + ("teacher forcing" if self.teacher_forcing else f"batch_size {self.batch_size}"),
                 expected="generation of one request at a time",
             )
+        distance_of(self.predict, self.predict_distance)
 
     @property
     def mode(self) -> str:
@@ -66,7 +71,8 @@ class Run:
         known: dict[str, Any] = {"mode": self.mode, "batch_size": self.batch_size}
         if not self.teacher_forcing:
             known |= {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-        return known | ({"draft_tokens": self.draft_tokens} if self.draft_tokens else {})
+        known |= {"draft_tokens": self.draft_tokens} if self.draft_tokens else {}
+        return known | ({"predict": self.predict, "predict_distance": self.predict_distance} if self.predict else {})
 
 
 def capture_transformers(
@@ -84,6 +90,8 @@ def capture_transformers(
     max_prompt_tokens: int | None = None,
     draft: str | Path | None = None,
     draft_tokens: int = 3,
+    predict: str | None = None,
+    predict_distance: int = 1,
     device: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     token_ids: bool = True,
@@ -119,6 +127,9 @@ def capture_transformers(
         Longer prompts are cut at the end.
     draft, draft_tokens
         Draft model of speculative decoding, and K: verification steps are kept with their rejected drafts.
+    predict, predict_distance
+        ``"next-gate"`` to keep beside the routing what the routers of the next 1 to ``predict_distance`` MoE layers
+        choose for the input of the gate that runs; of rejected drafts this is not kept.
     device
         ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` to spread the model (needs accelerate); default: a GPU if there
         is one.
@@ -163,6 +174,8 @@ def capture_transformers(
         seed=seed,
         batch_size=batch_size,
         draft_tokens=0 if draft is None else draft_tokens,
+        predict=predict,
+        predict_distance=predict_distance,
     )
     asked = read_prompts(prompts, label_fields=label_fields, labels=labels)
     name = _short(model) if name is None else name
@@ -197,7 +210,7 @@ def _plain(
 ) -> Iterator[tuple[TraceMeta, Iterator[Request]]]:
     """Yield what holds for the trace, and the requests as they are made, with the model hooked."""
     torch = require("torch")
-    with record(model, token_ids=token_ids) as recording:
+    with record(model, token_ids=token_ids, predict=run.predict, predict_distance=run.predict_distance) as recording:
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))  # shows what the hooks see, and k
         recording.drain()
         meta = recording.meta
@@ -211,7 +224,7 @@ def _with_draft(
 ) -> Iterator[tuple[TraceMeta, Iterator[Request]]]:
     """Do the same with speculative decoding."""
     torch = require("torch")
-    with tapped(model) as taps:
+    with tapped(model, distance=distance_of(run.predict, run.predict_distance)) as taps:
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
         top_k = taps.take(1).ids.shape[2]
         described = {**_described(model, run), "draft": draft_name}

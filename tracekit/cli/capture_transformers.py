@@ -71,6 +71,16 @@ from tracekit.cli.stored import say_stored
     show_default=True,
     help="Tokens drafted in each step, K.",
 )
+@click.option(
+    "--predict",
+    type=click.Choice(["next-gate"]),
+    help="Keep what the routers of the next MoE layers choose for the input of the gate that runs.",
+)
+@click.option(
+    "--predict-distance",
+    type=click.IntRange(min=1, max=255),
+    help="How many MoE layers ahead --predict looks, at most. [default: 1]",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, …, or auto to spread the model. [default: a GPU if there is one]")
 @click.option(
     "--dtype",
@@ -102,6 +112,8 @@ def transformers(
     append: bool,
     force: bool,
     quiet: bool,
+    predict: str | None,
+    predict_distance: int | None,
     **options: Any,
 ) -> int:
     """Run a transformers model over prompts and keep its routing.
@@ -120,12 +132,16 @@ def transformers(
         raise click.UsageError("--draft generates and --teacher-forcing does not: give one of them.")
     if options["draft"] is not None and options["batch_size"] > 1:
         raise click.UsageError("--draft decodes one request at a time: leave out --batch-size.")
+    if predict_distance is not None and predict is None:
+        raise click.UsageError("--predict-distance says how far --predict looks: give --predict too.")
     with progress_bar("capture", shown=not quiet) as progress:
         trace = capture_transformers(
             model,
             list(prompts),
             store,
             token_ids=not no_tokens,
+            predict=predict,
+            predict_distance=predict_distance or 1,
             label_fields=tuple(label_fields.split(",")) if label_fields else (),
             labels=mapping(labels, "--label"),
             append=append,

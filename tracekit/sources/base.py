@@ -43,6 +43,18 @@ class IngestOptions:
     """The axis whose size varies between the files of a folder; `open_source` finds it."""
 
 
+@dataclass(frozen=True, slots=True)
+class RawPredictions:
+    """What one predictor said, as its file tells it."""
+
+    predictor: str
+    distance: int
+    ids: AnyArray
+    """Any integers, axes as those of ``RawRequest.ids`` with the m predicted experts in the place of the k that ran;
+    the layer axis is that of the layer predicted. A row that is nothing but the largest value of its unsigned type
+    (255, 65535), or -1, is no prediction."""
+
+
 @dataclass(slots=True)
 class RawRequest:
     """One request as its file tells it, before it is made canonical."""
@@ -73,6 +85,7 @@ class RawRequest:
     weights: AnyArray | None = None
     steps: VerifySteps | None = None
     """Verification steps; their layer axis is that of ``ids``."""
+    predictions: tuple[RawPredictions, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     """Candidate label fields."""
     layer_ids: tuple[int, ...] | None = None

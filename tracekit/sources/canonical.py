@@ -15,6 +15,7 @@ from tracekit.sources.axes import Facts, Order, name_axes, resolve_axes
 from tracekit.sources.base import IngestOptions, RawCounts, RawRequest
 from tracekit.sources.histograms import Counts, check_counts, checked_counts, is_rounded
 from tracekit.sources.layers import LayerPlan, check_layers, plan_layers
+from tracekit.sources.predicted import checked_predictions
 from tracekit.sources.sidecar import PROMPT_LEN_KEYS, Entry, Sidecar, entry_count, labels_of
 from tracekit.sources.verification import checked_steps
 
@@ -77,6 +78,7 @@ class Canonical:
             if raw.weights is None
             else checks.checked_weights(plan.take(np.transpose(raw.weights, order)), meta.layers, where),
             steps=steps,
+            predictions=checked_predictions(raw.predictions, len(ids), order, plan, meta, where),
             where=raw.where,
         )
 

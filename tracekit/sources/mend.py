@@ -13,7 +13,7 @@ from tracekit.checks.finding import counted, numbers
 from tracekit.checks.keys import request_keys
 from tracekit.checks.repeats import SHORTEST_RUN, run_starts
 from tracekit.errors import SourceError, UsageError
-from tracekit.schema import Histogram, Request, TraceMeta, VerifySteps
+from tracekit.schema import Histogram, Predictions, Request, TraceMeta, VerifySteps
 
 Record = Request | Histogram
 
@@ -138,7 +138,13 @@ class _Layers:
         steps = record.steps
         if steps is not None:
             steps = replace(steps, ids=self._take(steps.ids), weights=self._maybe(steps.weights))
-        yield replace(record, ids=self._take(record.ids), weights=self._maybe(record.weights), steps=steps)
+        yield replace(
+            record,
+            ids=self._take(record.ids),
+            weights=self._maybe(record.weights),
+            steps=steps,
+            predictions=tuple(replace(p, ids=self._take(p.ids), known=self._take(p.known)) for p in record.predictions),
+        )
 
     def _take(self, array: NDArray[Any]) -> NDArray[Any]:
         low, high = self._entries[0], self._entries[-1] + 1
@@ -188,6 +194,7 @@ class _Deinterleave:
                 decode_start=None if decode is None else max(0, -(-decode // stride)),
                 token_ids=None if record.token_ids is None else record.token_ids[turn::stride],
                 weights=None if record.weights is None else record.weights[turn::stride],
+                predictions=_predictions_at(record, slice(turn, None, stride)),
             )
 
     def note(self) -> str:
@@ -231,6 +238,7 @@ class _DropWarmup:
             positions=None if gapless else positions,
             token_ids=None if record.token_ids is None else record.token_ids[rows],
             weights=None if record.weights is None else record.weights[rows],
+            predictions=_predictions_at(record, rows),
         )
 
     def _keep(self, request: Request) -> NDArray[np.bool_] | None:
@@ -253,6 +261,11 @@ class _DropWarmup:
     def note(self) -> str:
         whole = f", {self._whole} of them as a whole" if self._whole else ""
         return f"--drop-warmup dropped {counted(self._rows, 'row')} of {counted(self._requests, 'request')}{whole}"
+
+
+def _predictions_at(request: Request, rows: slice | NDArray[np.bool_]) -> tuple[Predictions, ...]:
+    """Return what was predicted about the rows that stay."""
+    return tuple(replace(p, ids=p.ids[rows], known=p.known[rows]) for p in request.predictions)
 
 
 def _steps_at(request: Request, keep: NDArray[np.bool_]) -> VerifySteps | None:

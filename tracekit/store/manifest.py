@@ -9,6 +9,7 @@ A store is a directory::
         runs.parquet             where each request's consecutive positions lie in the parts
         tokens.parquet           token ids, where the source has them
         steps.parquet            rows of verification steps, rejected drafts included, where the source has them
+        predicted.parquet        experts that predictors named ahead of time, where the source has them
         counts.parquet           tokens per expert, of a source that holds counts only: it has no parts
     results/KIND-KEY.parquet     what the kernels computed, see ``results``
 
@@ -60,8 +61,15 @@ class Segment:
     has_weights: bool = False
     has_token_ids: bool = False
     has_steps: bool = False
+    predicted: int = 0
+    """m, experts that each prediction names; 0: there are no predictions."""
     sources: tuple[str, ...] = ()
     """Names of the source files, as given."""
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether there are predictions beside the routing."""
+        return self.predicted > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,7 @@ def damaged(root: Path, trace: TraceInfo) -> list[Path]:
     for segment in trace.segments:
         names = [part_name(i) for i in range(len(segment.parts))] + ["requests.parquet", "runs.parquet"]
         names += ["tokens.parquet"] * segment.has_token_ids + ["steps.parquet"] * segment.has_steps
+        names += ["predicted.parquet"] * segment.has_predictions
         names += ["counts.parquet"] * trace.meta.histogram
         files += [root / SEGMENTS / segment.id / name for name in names]
     return [file for file in files if not whole(file)]
@@ -129,6 +138,15 @@ def whole(path: Path) -> bool:
         file.seek(-4, os.SEEK_END)
         return file.read() == b"PAR1"
     return False
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a path is a store, if perhaps a damaged one; sources may have a ``manifest.json`` too."""
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (path / MANIFEST).is_file() and (path / SEGMENTS).is_dir()
+    return isinstance(data, dict) and data.get("format") == _FORMAT
 
 
 def read_manifest(root: Path) -> list[TraceInfo]:
@@ -179,7 +197,7 @@ def _trace(entry: dict[str, Any]) -> TraceInfo:
         meta["num_experts"],
         meta["top_k"],
         *meta["layers"],
-        *(n for s in segments for n in (s.requests, *s.parts)),
+        *(n for s in segments for n in (s.requests, s.predicted, *s.parts)),
     ]
     if not isinstance(entry["name"], str) or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a field of the wrong type")

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.schema import Histogram, VerifySteps, id_dtype
+from tracekit.schema import Histogram, Predictions, VerifySteps, id_dtype
 
 if TYPE_CHECKING:
     import polars as pl
 
 STEPS = "steps.parquet"
+PREDICTED = "predicted.parquet"
 COUNTS = "counts.parquet"
 SPOOL_ROWS = 500_000
 """Rows that are held in memory, and rows of a row group."""
 
-Columns = Mapping[str, NDArray[Any]]
+Columns = Mapping[str, NDArray[Any] | str]
+"""Columns by name; a text is that of every row."""
 
 
 class Spool:
@@ -42,7 +44,7 @@ class Spool:
         import polars as pl
 
         for column in columns.values():
-            self._digest.update(np.ascontiguousarray(column).data)
+            self._digest.update(column.encode() if isinstance(column, str) else np.ascontiguousarray(column).data)
         frame = pl.DataFrame(dict(columns))
         self._held.append(frame)
         self._held_rows += frame.height
@@ -125,6 +127,39 @@ def step_columns(request: int, steps: VerifySteps, layers: tuple[int, ...], num_
             weights = steps.weights[:, entry].astype(np.float32)
             columns |= {f"w{rank}": np.ascontiguousarray(weights[:, rank]) for rank in range(weights.shape[1])}
         yield columns
+
+
+def prediction_columns(
+    request: int, predictions: Predictions, positions: NDArray[np.int64], layers: tuple[int, ...], num_experts: int
+) -> Iterator[Columns]:
+    """Yield the rows of ``predicted.parquet`` of one predictor and request, a layer at a time: sorted by layer, pos.
+
+    Parameters
+    ----------
+    request
+        Number of the request.
+    predictions
+        In canonical form; rows without a prediction are left out.
+    positions
+        ``[tokens]`` of the request.
+    layers
+        Layer numbers, one per entry of the layer axis.
+    num_experts
+        N, which decides the type of the ids.
+    """
+    for entry, number in enumerate(layers):
+        rows = np.flatnonzero(predictions.known[:, entry])
+        if not len(rows):
+            continue
+        ids = predictions.ids[rows, entry].astype(id_dtype(num_experts))
+        yield {
+            "request": np.full(len(rows), request, np.uint32),
+            "predictor": predictions.predictor,
+            "distance": np.full(len(rows), predictions.distance, np.uint8),
+            "layer": np.full(len(rows), number, np.uint16),
+            "pos": positions[rows].astype(np.uint32),
+            **{f"p{rank}": np.ascontiguousarray(ids[:, rank]) for rank in range(ids.shape[1])},
+        }
 
 
 def count_columns(request: int, histogram: Histogram, layers: tuple[int, ...]) -> Columns:

@@ -15,7 +15,7 @@ from tracekit.checks import Finding
 from tracekit.errors import QueryError
 from tracekit.store import results
 from tracekit.store.manifest import SEGMENTS, TraceInfo, part_name
-from tracekit.store.spool import COUNTS, STEPS
+from tracekit.store.spool import COUNTS, PREDICTED, STEPS
 
 if TYPE_CHECKING:
     import duckdb
@@ -74,6 +74,7 @@ def definitions(root: Path, traces: list[TraceInfo]) -> dict[str, str]:
         "activations": _activations(root, traces),
         "tokens": _tokens(root, traces),
         "verification": _verification(root, traces),
+        "predictions": _predictions(root, traces),
         "counts": _counts(root, traces),
         "findings": _findings(traces),
     }
@@ -213,6 +214,28 @@ def _verification(root: Path, traces: list[TraceInfo]) -> str:
         "pos": "UINTEGER",
         "kept": "BOOLEAN",
         "experts": "USMALLINT[]",
+    }
+    return _union(selects, _empty(columns))
+
+
+def _predictions(root: Path, traces: list[TraceInfo]) -> str:
+    selects = []
+    for t in traces:
+        for s in t.segments:
+            if s.has_predictions:  # a segment by itself: the next one may have named more or fewer experts
+                predicted = ", ".join(f"p{r}::USMALLINT" for r in range(s.predicted))
+                selects.append(
+                    f"SELECT {quote(t.name)} AS trace, request, predictor, distance, layer, pos, "
+                    f"[{predicted}] AS predicted FROM {_parquet([root / SEGMENTS / s.id / PREDICTED])}"
+                )
+    columns = {
+        "trace": "VARCHAR",
+        "request": "UINTEGER",
+        "predictor": "VARCHAR",
+        "distance": "UTINYINT",
+        "layer": "USMALLINT",
+        "pos": "UINTEGER",
+        "predicted": "USMALLINT[]",
     }
     return _union(selects, _empty(columns))
 
