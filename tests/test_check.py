@@ -18,9 +18,10 @@ import tracekit as tk
 from tracekit.checks import Checker, Finding
 from tracekit.checks.chance import log_chance_of_repeats, z_limit, z_score
 from tracekit.checks.keys import request_keys
+from tracekit.checks.sample import masks
 from tracekit.cli import main
 from tracekit.errors import SourceError, StoreError, TracekitWarning, UsageError
-from tracekit.schema import Request, TraceMeta, VerifySteps
+from tracekit.schema import Histogram, Request, TraceMeta, VerifySteps
 from tracekit.sources.mend import Mended, Mends, parse_layers
 from tracekit.synthetic import synth
 
@@ -139,7 +140,7 @@ def test_rows_of_consecutive_ids(clean: list[Ids]) -> None:
     assert "30 rows" in found.evidence
 
 
-@pytest.mark.parametrize("period", [1, 5, 12])
+@pytest.mark.parametrize("period", [1, 5, 12, 20, 40])
 def test_loops(clean: list[Ids], period: int) -> None:
     rng = np.random.default_rng(period)
 
@@ -156,11 +157,21 @@ def test_loops(clean: list[Ids], period: int) -> None:
     assert findings([loop(clean[0]), *clean[1:]], decode_start=240) == []  # a prompt may repeat itself
 
 
+def test_loops_of_a_long_period_come_back_twice(clean: list[Ids]) -> None:
+    thrice = [np.tile(ids[:150], (3, 1, 1)) for ids in clean]
+    [found] = findings(thrice)
+    assert (found.severity, found.finding) == ("serious", "loops")
+    assert found.evidence.startswith("100 % of 5,400 generated rows repeat earlier ones again and again; the clearest")
+    assert "every 150 rows (100 % equal sets)" in found.evidence
+    assert findings([np.concatenate([ids, ids[:150]]) for ids in clean]) == []  # a quotation
+
+
 def test_identical_layers(clean: list[Ids]) -> None:
     copied = [ids.copy() for ids in clean]
     for ids in copied:
         ids[:, 4] = ids[:, 1]
     [found] = [f for f in findings(copied) if f.finding == "identical-layers"]
+    assert found.remedy.startswith("Ingest with --layers 0-3,5 if layer 1 is right")
     assert (found.severity, found.where) == ("serious", "layers 1, 4")
     assert "2,880 of 2,880 rows" in found.evidence
 
@@ -178,8 +189,9 @@ def test_constant_layers(clean: list[Ids]) -> None:
     dense = [ids.copy() for ids in clean]
     for ids in dense:
         ids[:, 0] = [3, 9, 20, 5]
-    found = [f for f in findings(dense) if f.finding == "constant-layer"]
-    assert [(f.severity, f.where) for f in found] == [("serious", "layer 0")]
+    [found] = findings(dense)  # it depends on no other layer, which is no second finding
+    assert (found.severity, found.finding, found.where) == ("serious", "constant-layer", "layer 0")
+    assert found.remedy == "Ingest with --layers 1-5"
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -196,7 +208,7 @@ def test_interleaved_requests(stride: int) -> None:
     [found] = findings(take_turns(arrays, stride))
     assert (found.severity, found.finding) == ("serious", "interleaved")
     assert f": {stride} sequences" in found.where
-    assert found.remedy == f"Ingest with --deinterleave {stride}"
+    assert found.remedy.startswith(f"Ingest with --deinterleave {stride} if the same sequences take turns throughout")
 
 
 def test_batches_of_changing_size() -> None:
@@ -226,6 +238,7 @@ def test_all_layers_from_one_on_are_shifted(clean: list[Ids]) -> None:
     shifted = [np.concatenate([ids[1:, :2], ids[:-1, 2:]], axis=1) for ids in clean]
     [found] = findings(shifted)
     assert found.where == "layers 2-5, all requests: 1 row too late"
+    assert found.remedy == "Shift them back before saving, or ingest with --layers 0-1"
 
 
 def test_a_layer_of_another_model(clean: list[Ids]) -> None:
@@ -249,8 +262,8 @@ def test_whole_rankings_cut_into_rows(experts: int) -> None:
     rankings = rng.permuted(np.tile(np.arange(experts, dtype=np.uint8), (200, LAYERS, 1)), axis=2)
     flat = rankings.transpose(1, 0, 2).reshape(LAYERS, -1)
     ids = flat.reshape(LAYERS, -1, K).transpose(1, 0, 2)
-    [found] = findings([ids], meta(num_experts=experts))
-    assert (found.severity, found.finding) == ("serious", "argsort-view")
+    for rows in (ids, ids[3:]):  # the second starts in the middle of a ranking
+        assert names(findings([rows], meta(num_experts=experts))) == {("serious", "argsort-view")}
 
 
 def test_missing_rows(clean: list[Ids]) -> None:
@@ -449,6 +462,29 @@ def test_ambiguous_axes_are_a_finding(tmp_path: Path) -> None:
     assert (found["severity"][0], found["finding"][0]) == ("serious", "ambiguous-axes")
 
 
+def test_a_source_may_have_a_manifest_of_its_own(tmp_path: Path, clean: list[Ids]) -> None:
+    save(tmp_path / "trace.npz", clean)
+    (tmp_path / "manifest.json").write_text('{"files": []}')
+    assert tk.check(tmp_path, axes="tlk", phase="decode").is_empty()
+    (tmp_path / "manifest.json").write_text('{"format": "tracekit-store"}')
+    with pytest.raises(StoreError):
+        tk.check(tmp_path)
+    with pytest.raises(UsageError, match="a store beside other sources"):
+        tk.check([tmp_path, tmp_path / "trace.npz"])
+
+
+def test_counts_show_little() -> None:
+    checker = Checker(meta(histogram=True))
+    checker.add(Histogram("a", np.ones((LAYERS, N), np.int64)))
+    assert names(checker.findings()) == {("note", "counts-only")}
+
+
+def test_masks_hold_each_expert_once() -> None:
+    ids = np.array([[[0, 63]], [[64, 299]]], np.uint16)
+    assert masks(ids, 300)[:, 0].T.tolist() == [[1 | 1 << 63, 0, 0, 0, 0], [0, 1, 0, 0, 1 << 43]]
+    assert masks(np.array([[[1, 1025]]], np.uint16), 2000)[:1].tolist() == [[[2]]]  # shared from 1,024 experts on
+
+
 def test_what_is_no_trace_is_an_error(tmp_path: Path, clean: list[Ids]) -> None:
     (tmp_path / "notes.txt").write_text("no trace")
     for path in (tmp_path / "notes.txt", tmp_path / "nothing"):
@@ -528,9 +564,13 @@ def test_warnings_alone_exit_with_0(clean: list[Ids], tmp_path: Path, capsys: py
     source = save(tmp_path / "trace.npz", [np.sort(ids, axis=2) for ids in clean])
     assert run(capsys, "check", source, *READ)[0] == 0
     assert run(capsys, "ingest", source, *READ, "--store", tmp_path / "S")[0] == 0
+    assert "warning: sorted-ids" in run(capsys, "info", tmp_path / "S")[1]
     sound = save(tmp_path / "sound.npz", clean)
-    code, _, err = run(capsys, "check", sound, *READ)
-    assert (code, err) == (0, "Note: nothing was found\n")
+    assert run(capsys, "check", sound, *READ) == (0, "nothing was found\n", "")
+    assert run(capsys, "check", sound, *READ, "--format", "json") == (0, "[]\n", "Note: nothing was found\n")
+    _, _, err = run(capsys, "ingest", save(tmp_path / "one.npz", clean[:1]), *READ, "--store", tmp_path / "S1")
+    assert "has 1 request, 240 tokens" in err
+    assert run(capsys, "info", tmp_path / "S1")[1].rstrip().endswith("findings         none")
     frame = tk.check(sound, axes="tlk", phase="decode")
     assert frame.is_empty()
     assert frame.schema == dict.fromkeys(frame.columns, pl.String)

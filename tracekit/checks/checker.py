@@ -15,7 +15,7 @@ from tracekit.checks.rows import Rows
 from tracekit.checks.sample import Sample
 from tracekit.schema import Histogram, Request, TraceMeta
 
-WHOLE_IDS = 1 << 24
+WHOLE_IDS = 1 << 23
 """Ids that are looked at one by one; of the requests after that, one in ``THINNED``: faults of a capture go through
 it, and a check that costs as much as the ingest would be turned off."""
 THINNED = 16
@@ -75,6 +75,7 @@ class Checker:
         """
         meta, sample = self.meta, self.sample
         found = [
+            *provenance.counts_only(meta),
             *provenance.reduced(meta),
             *provenance.physical(meta),
             *provenance.engine_notes(meta),

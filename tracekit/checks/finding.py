@@ -51,11 +51,20 @@ def percent(part: float, whole: float) -> str:
 
 def numbers(values: Iterable[int]) -> str:
     """Return whole numbers in short, consecutive ones as ranges: ``0-3, 7``."""
+    parts = _ranges(values)
+    return ", ".join(parts[:12]) + (", …" if len(parts) > 12 else "")
+
+
+def layers_without(layers: Iterable[int], left_out: Iterable[int]) -> str:
+    """Return the option that keeps all layers but some, as it can be typed: ``--layers 0-3,7``."""
+    return "--layers " + ",".join(_ranges(set(layers) - set(left_out)))
+
+
+def _ranges(values: Iterable[int]) -> list[str]:
     ranges: list[list[int]] = []
     for value in sorted(values):
         if ranges and value == ranges[-1][1] + 1:
             ranges[-1][1] = value
         else:
             ranges.append([value, value])
-    parts = [str(low) if low == high else f"{low}-{high}" for low, high in ranges]
-    return ", ".join(parts[:12]) + (", …" if len(parts) > 12 else "")
+    return [str(low) if low == high else f"{low}-{high}" for low, high in ranges]

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.checks.chance import z_limit, z_score
-from tracekit.checks.finding import Finding, counted, numbers
+from tracekit.checks.finding import Finding, counted, layers_without, numbers
+from tracekit.checks.rows import ARGSORT_EFFECT, ARGSORT_REMEDY
 from tracekit.checks.sample import Sample, masks, shared, thin
 from tracekit.schema import TraceMeta
 
@@ -82,6 +83,8 @@ def interleaved(sample: Sample, meta: TraceMeta) -> list[Finding]:
     if len(lags) < 3 or lags[-1] != len(lags):
         return []
     means = np.nansum(overlaps, axis=1)[lags - 1] / counts[lags - 1]
+    if pieces := _pieces_of_rankings(overlaps[0], sample, meta):
+        return pieces
     level = float(np.quantile(means, 0.25))
     peaks: dict[int, tuple[float, float]] = {}
     for stride in _STRIDES:
@@ -108,7 +111,30 @@ def interleaved(sample: Sample, meta: TraceMeta) -> list[Finding]:
             f"overlap {means[0]:.3f} at lag 1, {peak:.3f} at lag {stride}, level {level:.3f} "
             f"({z:.0f} standard errors; {sample.said()})",
             "overlap and unique experts of neighbouring tokens compare different requests: correlation in time is lost",
-            f"Ingest with --deinterleave {stride}",
+            f"Ingest with --deinterleave {stride} if the same sequences take turns throughout; where the requests of a "
+            "batch come and go, put rows back into their sequences by request id before saving",
+        )
+    ]
+
+
+def _pieces_of_rankings(neighbours: Floats, sample: Sample, meta: TraceMeta) -> list[Finding]:
+    """Find rows that share less with their neighbours than half of what rows drawn at random do.
+
+    Unrelated rows share at least k / N, pieces of one ranking nothing. Half of it is undercut with a chance of 1e-6.
+    """
+    batches = neighbours[~np.isnan(neighbours)]
+    chance = meta.top_k / meta.num_experts
+    if z_score(chance / 2 - batches) < z_limit(1):
+        return []
+    return [
+        Finding(
+            "serious",
+            "argsort-view",
+            "all requests",
+            f"overlap {batches.mean():.3f} at lag 1, where unrelated rows share {chance:.3f} or more: neighbouring "
+            f"rows are pieces of one ranking ({sample.said()})",
+            ARGSORT_EFFECT,
+            ARGSORT_REMEDY,
         )
     ]
 
@@ -209,19 +235,24 @@ def shifted_layers(sample: Sample, meta: TraceMeta) -> list[Finding]:
         if z > limit and at[peak] > 0:
             offsets[pair] = (peak, z)
     found = _shifts(offsets, peaks, meta, sample)
-    foreign = _foreign(strengths, offsets, limit)
+    # A layer of one set depends on nothing; it is a finding of its own.
+    ids = sample.ids()
+    foreign = [
+        meta.layers[layer]
+        for layer in _foreign(strengths, offsets, limit)
+        if (np.sort(ids[:, layer], axis=1) != np.sort(ids[0, layer])).any()
+    ]
     if foreign:
-        names = numbers(meta.layers[layer] for layer in foreign)
         found.append(
             Finding(
                 "warning",
                 "foreign-layer",
-                f"layer {names}, all requests",
+                f"layer {numbers(foreign)}, all requests",
                 f"does not depend on its neighbours, while other adjacent layers do by {np.median(strengths):.0f} "
                 f"standard errors ({sample.said()})",
                 "per-layer results of this layer, and averages over layers, hold something else than its routing",
                 "A draft's router that overwrites a layer does this (vLLM before 0.26, SGLang before 0.5.15), and a "
-                "shift by many tokens: capture again, or leave the layer out with --layers",
+                f"shift by many tokens: capture again, or ingest with {layers_without(meta.layers, foreign)}",
             )
         )
     return found
@@ -236,21 +267,22 @@ def _shifts(
             continue
         if peaks.get(pair + 1) == -offset:
             done.add(pair + 1)
-            which = f"layer {meta.layers[pair + 1]}"
+            off = meta.layers[pair + 1 : pair + 2]
         elif pair == 0 and len(meta.layers) > 2:
-            which = f"layer {meta.layers[0]}"
+            off = meta.layers[:1]
             offset = -offset
         else:
-            which = f"layers {numbers(meta.layers[pair + 1 :])}"
+            off = meta.layers[pair + 1 :]
         found.append(
             Finding(
                 "serious",
                 "shifted-layers",
-                f"{which}, all requests: {counted(abs(offset), 'row')} too {'late' if offset > 0 else 'early'}",
+                f"layer{'s' if len(off) > 1 else ''} {numbers(off)}, all requests: "
+                f"{counted(abs(offset), 'row')} too {'late' if offset > 0 else 'early'}",
                 f"layers {meta.layers[pair]} and {meta.layers[pair + 1]} depend on each other most at an offset of "
                 f"{offsets[pair][0]:+d} rows ({z:.0f} standard errors above 0; {sample.said()})",
                 "results across layers (prefetch, cache with layers in turn) compare different tokens",
-                "Shift the layer back before saving, or leave it out with --layers",
+                f"Shift them back before saving, or ingest with {layers_without(meta.layers, off)}",
             )
         )
     return found

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from tracekit.checks.finding import Finding, counted
+from tracekit.checks.finding import Finding, counted, layers_without
 from tracekit.checks.keys import set_keys
 from tracekit.checks.sample import Sample
 from tracekit.schema import Request, TraceMeta
@@ -66,6 +66,22 @@ def engine_notes(meta: TraceMeta) -> list[Finding]:
     ]
 
 
+def counts_only(meta: TraceMeta) -> list[Finding]:
+    """Return ``counts-only`` for a source of counts without tokens: hardly anything can be looked for in it."""
+    if not meta.histogram:
+        return []
+    return [
+        Finding(
+            "note",
+            "counts-only",
+            "whole trace",
+            "tokens per expert, without the tokens themselves: no row could be looked at",
+            "load can be measured; windows, overlap and attribution cannot",
+            "Nothing to do for load; else capture the ids of each token",
+        )
+    ]
+
+
 def reduced(meta: TraceMeta) -> list[Finding]:
     """Return ``reduced-top-k`` where the run used fewer experts per token than the model's own number."""
     if meta.native_top_k is None or meta.top_k >= meta.native_top_k:
@@ -109,6 +125,9 @@ def constant_layers(meta: TraceMeta, sample: Sample) -> list[Finding]:
     if sample.rows < 64 or layers < 3 or meta.num_experts < meta.top_k + 2:
         return []
     keys = set_keys(sample.ids(), meta.num_experts)
+    constant = [meta.layers[entry] for entry in np.flatnonzero((keys == keys[0]).all(axis=0)).tolist()]
+    if not constant:
+        return []
     shares = np.array([np.unique(keys[:, layer], return_counts=True)[1].max() / len(keys) for layer in range(layers)])
     if float(np.median(shares)) > 0.5:
         return []
@@ -116,12 +135,12 @@ def constant_layers(meta: TraceMeta, sample: Sample) -> list[Finding]:
         Finding(
             "serious",
             "constant-layer",
-            f"layer {meta.layers[layer]}",
+            f"layer {layer}",
             f"the same experts in every row ({sample.said()})",
             "averages over layers hold a layer without routing: overlap and reductions are overstated",
-            "Leave it out with --layers",
+            f"Ingest with {layers_without(meta.layers, constant)}",
         )
-        for layer in np.flatnonzero(shares == 1).tolist()
+        for layer in constant
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.checks.chance import LOG_ALPHA, log_chance_of_repeats, log_sets
-from tracekit.checks.finding import Finding, Severity, counted, numbers, percent
+from tracekit.checks.finding import Finding, Severity, counted, layers_without, numbers, percent
 from tracekit.checks.keys import Keys, RequestKeys, probes, set_keys
 from tracekit.checks.sample import Ids, Sample
 from tracekit.schema import Request, TraceMeta
@@ -229,13 +229,14 @@ class Copies:
             self.changes[pair] += 1 + int((of_pair[1:] != of_pair[:-1]).any(axis=1).sum())
         if n == 0:
             return
-        known = self.first.get(keys.request)
+        key = keys.request
+        known = self.first.get(key)
         if known is not None:
             self.copied += n
             if len(self.copies) < 4096:
                 self.copies.append((known[0], request.request_id, n, distinct))
         elif len(self.first) < _MANY:
-            self.first[keys.request] = (request.request_id, n)
+            self.first[key] = (request.request_id, n)
 
     def findings(self, sample: Sample, rows: Keys) -> list[Finding]:
         """Return ``identical-layers`` and ``identical-requests``.
@@ -263,14 +264,16 @@ class Copies:
                     joined.update(pair)
             for group in groups:
                 tokens = max(self.layers[p] for p in pairs if p[0] in group)
+                same = sorted(self.meta.layers[layer] for layer in group)
                 found.append(
                     Finding(
                         "serious",
                         "identical-layers",
-                        f"layers {numbers(self.meta.layers[layer] for layer in group)}",
+                        f"layers {numbers(same)}",
                         f"byte-identical in {tokens:,} of {self.tokens:,} rows",
                         "averages over layers count one layer several times, and intervals are too narrow",
-                        "Ingest with --layers to keep one of them, if that one is right; better capture again",
+                        f"Ingest with {layers_without(self.meta.layers, same[1:])} if layer {same[0]} is right; "
+                        "better capture again",
                     )
                 )
         share = _modal_share(rows) if len(rows) else 1.0
@@ -309,7 +312,9 @@ class Loops:
     the worst blocks of real models score 0.2 (32 experts, 24 layers) to 0.4 (small ones), greedy loops 0.6 to 1. A
     block is a loop from 0.6 on, or from q + 0.46 where far rows of the trace agree at a rate q: by Hoeffding's bound 48
     rows (the shortest block) that agree at a rate q do so with a chance below exp(-2 * 48 * 0.46^2) = 2e-9, and they
-    would have to do so at every multiple of the period.
+    would have to do so at every multiple of the period. Of longer periods, up to a third of a piece of 4,096 rows,
+    the one is tried at which most runs of four sets of one layer come back; there a block must be like those one and
+    two periods later, so that a passage that is quoted once is no loop.
     Prompts are not judged: what repeats there was asked for. Nor are routers with fewer than 2^16 choices per token.
     """
 
@@ -356,8 +361,36 @@ class Loops:
         np.add.at(self.scores, (best * self.BINS).astype(int), weights)
         for at in np.flatnonzero(best >= self.THRESHOLD).tolist():
             self.worst.append((float(best[at]), request_id, start + at * size, int(period[at])))
+        if best.max() < self.THRESHOLD:
+            self._scan_long(request_id, start, keys)
         if len(self.worst) > 4096:
             self.worst = sorted(self.worst, reverse=True)[:2048]
+
+    def _scan_long(self, request_id: str, start: int, keys: Keys) -> None:
+        """Look for a period above ``LAGS // 2`` in ``[rows, layers]`` keys."""
+        one = keys[:, keys.shape[1] // 2]
+        runs = one[:-3] + (one[1:-2] << np.uint64(1)) + (one[2:-1] << np.uint64(2)) + (one[3:] << np.uint64(3))
+        order = np.argsort(runs, kind="stable")
+        # From each run of four sets to the next equal one.
+        far = np.diff(order)[runs[order][1:] == runs[order][:-1]]
+        counts = np.bincount(far[(far > self.LAGS // 2) & (far <= len(keys) // 3)], minlength=1)
+        period = int(counts.argmax())
+        if counts[period] < self.BLOCK // 2:
+            return
+        cycles = keys[: len(keys) - 2 * period], keys[period : len(keys) - period], keys[2 * period :]
+        blocks = max(1, len(cycles[0]) // self.BLOCK)
+        size = len(cycles[0]) // blocks
+        same = np.stack([cycles[0] == later for later in cycles[1:]])[:, : blocks * size]
+        scores = same.reshape(2, blocks, -1).mean(axis=2).min(axis=0)
+        looped = np.zeros(len(keys), bool)
+        for at in np.flatnonzero(scores >= self.THRESHOLD).tolist():
+            looped[at * size : (at + 1) * size + 2 * period] = True
+            self.worst.append((float(scores[at]), request_id, start + at * size, period))
+        if looped.any():
+            least = scores[scores >= self.THRESHOLD].min()
+            rows = int(looped[: 64 * self.BLOCK].sum())
+            self.scores[0] -= rows
+            self.scores[int(least * self.BINS)] += rows
 
     def _periods(self, shares: Floats) -> tuple[Floats, NDArray[np.int64]]:
         """Return score and period of each block from its ``[lags, blocks]`` shares of equal sets."""
@@ -387,9 +420,9 @@ class Loops:
                 "serious" if looped >= self.generated / 3 else "warning",
                 "loops",
                 f"request {request_id!r} from row {row}"
-                + (f", and {requests - 1:,} more requests" if requests > 1 else ""),
-                f"{percent(looped, self.generated)} of {self.generated:,} generated rows repeat those up to "
-                f"{self.LAGS // 2} rows before; the clearest every {counted(period, 'row')} "
+                + (f", and {counted(requests - 1, 'more request')}" if requests > 1 else ""),
+                f"{percent(looped, self.generated)} of {self.generated:,} generated rows repeat earlier ones "
+                f"again and again; the clearest every {counted(period, 'row')} "
                 f"({100 * score:.0f} % equal sets)",
                 "overlap and reductions are overstated: they measure the loop, not the workload",
                 "Sample with a temperature or a repetition penalty, or leave these requests out",

@@ -12,6 +12,9 @@ from tracekit.checks.finding import Finding, counted, percent
 from tracekit.checks.sample import Ids
 from tracekit.schema import Request, TraceMeta
 
+ARGSORT_EFFECT = "each token's whole ranking counts as several tokens: no number means anything"
+ARGSORT_REMEDY = "ffn_moe_topk is a strided view: copy k ids per token with its row stride nb[1]"
+
 _GROUPS = 64
 _PIECE = 8192
 """Rows worked on at once."""
@@ -125,8 +128,8 @@ class Rows:
                 "argsort-view",
                 f"all requests, {self.first_ranking!r} the first",
                 f"the ids are permutations of 0..{n - 1}, one after the other ({counted(self.rankings, 'group')})",
-                "each token's whole ranking counts as several tokens: no number means anything",
-                "ffn_moe_topk is a strided view: copy k ids per token with its row stride nb[1]",
+                ARGSORT_EFFECT,
+                ARGSORT_REMEDY,
             )
         ]
 

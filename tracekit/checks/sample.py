@@ -109,14 +109,13 @@ def masks(ids: Ids, num_experts: int) -> NDArray[np.uint64]:
     bits = min(num_experts, _MOST_BITS)
     words = -(-bits // 64)
     out = np.zeros((words, *ids.shape[1::-1]), np.uint64)
+    expert = np.arange(num_experts) % bits
+    of_expert = np.zeros((words, num_experts), np.uint64)
+    of_expert[expert >> 6, np.arange(num_experts)] = np.uint64(1) << (expert & 63).astype(np.uint64)
     for rank in range(ids.shape[2]):
         id_ = np.ascontiguousarray(ids[..., rank].T)
-        if num_experts > _MOST_BITS:
-            id_ %= id_.dtype.type(_MOST_BITS)
-        bit = np.uint64(1) << (id_ & id_.dtype.type(63)).astype(np.uint64)
-        word = id_ >> id_.dtype.type(6)
         for w in range(words):
-            out[w] |= bit if words == 1 else np.where(word == w, bit, np.uint64(0))
+            out[w] |= of_expert[w].take(id_)
     return out
 
 

@@ -40,6 +40,6 @@ def check(source: tuple[Path, ...], trace: str | None, reading: dict[str, Any], 
     with progress_bar("check", shown=not out.quiet) as progress:
         frame = tk.check(list(source), trace=trace, progress=progress, **reading)
     out.table(frame, "check")
-    if frame.is_empty():
+    if frame.is_empty() and (out.fmt != "table" or out.path is not None):
         out.note("nothing was found")
     return CHECK_FAILED if "serious" in frame["severity"] else 0

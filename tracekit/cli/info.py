@@ -31,7 +31,7 @@ def info(store: Path, trace: str | None, out: Output) -> None:
             remedy = "Restore them, or ingest the trace again with --force"
             raise StoreError(found, where=f"trace {held.name!r}", remedy=remedy)
     select = """
-        SELECT traces.*, found.findings
+        SELECT traces.*, coalesce(found.findings, 'none') AS findings
         FROM traces
         LEFT JOIN (
             SELECT trace, string_agg(severity || ': ' || finding || ' (' || "where" || ')', '; ') AS findings

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def say_stored(store: Path, trace: TraceInfo, *, quiet: bool) -> int:
     """Say what was stored and what was found wrong with it; return the exit code."""
     from tracekit.checks import is_serious
+    from tracekit.checks.finding import counted
 
     code = CHECK_FAILED if is_serious(trace.findings) else 0
     if quiet:
@@ -27,12 +28,12 @@ def say_stored(store: Path, trace: TraceInfo, *, quiet: bool) -> int:
             text = f"{finding.finding}: {finding.where}: {finding.evidence}. {finding.remedy}"
             say(text, heading=finding.severity.capitalize())
     meta = trace.meta
-    begin, end = f"{trace.requests:,} requests, {trace.tokens:,} tokens", f"{meta.top_k} of {meta.num_experts}"
+    held = f"{counted(trace.requests, 'request')}, {counted(trace.tokens, 'token')}"
     if meta.histogram:
-        begin, end = f"{trace.requests:,} records of counts", f"{meta.top_k or 'unknown'} of {meta.num_experts}"
+        held = f"{counted(trace.requests, 'record')} of counts"
     click.echo(
-        f"{click.format_filename(store)}: trace {trace.name!r} has {begin}, {len(meta.layers)} MoE layers, "
-        f"{end} experts per token",
+        f"{click.format_filename(store)}: trace {trace.name!r} has {held}, {counted(len(meta.layers), 'MoE layer')}, "
+        f"{meta.top_k or 'unknown'} of {meta.num_experts} experts per token",
         err=True,
     )
     return code

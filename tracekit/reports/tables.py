@@ -57,7 +57,7 @@ def render(
     if fmt != "table":
         return export(frame, fmt)
     if frame.is_empty() and layout:
-        return "(no rows)\n"
+        return "nothing was found\n" if layout == "check" else "(no rows)\n"
     by = _group_column(frame)
     if layout in GROUPED and by:
         return draw(list(GROUPED[layout](frame, by)), width, bold=bold)
