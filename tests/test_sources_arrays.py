@@ -648,3 +648,147 @@ def test_noise_only_makes_source_errors(tmp_path_factory, data, prefix):
     path.write_bytes(prefix + data)
     with pytest.raises(SourceError):
         read(path, num_experts=8)
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def predicted(ids, distance, seed=5):
+    """What a predictor may have said of these rows: other ids, 255 where there is no layer to predict from."""
+    out = np.roll(ids, 1, axis=2) if seed is None else routing(*ids.shape, 32, seed)
+    out = out.astype(np.uint8)
+    out[:, :distance] = 255
+    return out
+
+
+def assert_predicted(request, expected):
+    """Compare with arrays by predictor and distance, 255 where there is nothing."""
+    assert {(p.predictor, p.distance) for p in request.predictions} == set(expected)
+    for p in request.predictions:
+        want = expected[p.predictor, p.distance]
+        np.testing.assert_array_equal(p.known, (want != 255).all(2))
+        np.testing.assert_array_equal(p.ids[p.known], want[p.known])
+
+
+def test_predictions_beside_the_routing(tmp_path):
+    ids = routing(9, 4, 2, 32)
+    one, two, hidden = predicted(ids, 1), predicted(ids, 2, 6), predicted(ids, 1, 7)
+    path = tmp_path / "x.npz"
+    np.savez(path, routed_experts=ids, predicted1=one, predicted2=two, predicted_quasi_hidden_1=hidden)
+    _, (request,) = read(path, num_experts=32)
+    expected = {("next_gate", 1): one, ("next_gate", 2): two, ("quasi_hidden", 1): hidden}
+    assert_predicted(request, expected)
+    _, (request,) = read(save(tmp_path / "plain.npz", ids), num_experts=32)
+    assert request.predictions == ()
+
+
+def test_predictions_are_no_routing_array(tmp_path):
+    ids = routing(9, 4, 2, 32)
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, whatever=ids, predicted1=predicted(ids, 1))
+    _, (request,) = read(path, num_experts=32)
+    np.testing.assert_array_equal(request.ids, ids)
+    assert_predicted(request, {("next_gate", 1): predicted(ids, 1)})
+
+
+@pytest.mark.parametrize("axes", ["tlk", "ltk", "tkl"])
+def test_predictions_of_many_requests_in_any_order_of_axes(tmp_path, axes):
+    order = ["tlk".index(axis) for axis in axes]
+    lens, ids = [3, 11, 5], routing(19, 4, 2, 32)
+    guess = predicted(ids, 1)
+    path = tmp_path / "x.npz"
+    np.savez(path, routed_experts=ids.transpose(order), predicted1=guess.transpose(order), request_lens=np.array(lens))
+    _, requests = read(path, num_experts=32, axes=axes)
+    for request, part in zip(requests, np.split(guess, np.cumsum(lens)[:-1]), strict=True):
+        assert_predicted(request, {("next_gate", 1): part})
+
+
+def test_predictions_of_a_padded_batch(tmp_path):
+    ids = np.stack([routing(6, 4, 2, 32, seed) for seed in range(2)])
+    guess = np.stack([predicted(row, 1, seed) for seed, row in enumerate(ids)])
+    mask = np.ones((2, 6), np.int64)
+    mask[1, :2] = 0
+    path = tmp_path / "x.npz"
+    np.savez(path, routed_experts=ids, attention_mask=mask, predicted1=guess)
+    _, requests = read(path, num_experts=32)
+    rows = [len(request.ids) for request in requests]
+    for i, request in enumerate(requests):
+        assert_predicted(request, {("next_gate", 1): guess[i, 6 - sum(mask[i]) :][: rows[i]]})
+    np.savez(path, routed_experts=ids, attention_mask=mask, predicted1=guess[:1])
+    refuse(path, r"predictions of 'next_gate' from 1 MoE layers before have shape \(1, 6, 4, 2\)", num_experts=32)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda p: p[1:], r"shape \(8, 4, 2\).*for 9 tokens"),
+        (lambda p: p[:, :2], r"shape \(9, 2, 2\)"),
+        (lambda p: p.astype(np.float16), "float16"),
+        (lambda p: p[..., 0], r"shape \(9, 4\)"),
+        (lambda p: np.where(p == 255, p, 40), "of 32 experts"),
+    ],
+)
+def test_predictions_that_do_not_fit(tmp_path, wrong, said):
+    ids = routing(9, 4, 2, 32)
+    refuse(save(tmp_path / "x.npz", ids, predicted1=wrong(predicted(ids, 1))), said, num_experts=32)
+
+
+def test_predictions_that_request_lens_do_not_cut(tmp_path):
+    ids = routing(9, 4, 2, 32)
+    path = save(tmp_path / "x.npz", ids, predicted1=predicted(ids, 1)[1:], request_lens=np.array([4, 5]))
+    refuse(path, r"have shape \(8, 4, 2\), the ids \(9, 4, 2\)", num_experts=32)
+
+
+@given(data=st.data())
+def test_damaged_predictions_only_make_source_errors(tmp_path_factory, data):
+    ids = routing(5, 3, 2, 32)
+    made = io.BytesIO()
+    np.savez(made, routed_experts=ids.astype(np.uint8), predicted1=predicted(ids, 1), num_experts=32)
+    noisy = bytearray(made.getvalue())
+    for _ in range(data.draw(st.integers(1, 6))):
+        noisy[data.draw(st.integers(0, len(noisy) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("n") / "x.npz"
+    path.write_bytes(noisy)
+    try:
+        for request in open_source([path], IngestOptions()).requests():
+            for p in request.predictions:
+                assert p.ids.shape == request.ids.shape
+                assert p.ids.max() < 32
+    except (SourceError, UsageError):
+        pass
+
+
+@pytest.mark.parametrize(
+    "shape", ["(1" + "0" * 4000 + ", 1" + "0" * 4000 + ")", "(" + "1, " * 100 + ")"], ids=["digits", "axes"]
+)
+def test_shapes_that_no_message_could_print(tmp_path, shape):
+    data = header(()).replace(b"()", shape.encode())
+    text = data[10:].rstrip() + b"\n"
+    (tmp_path / "r.npy").write_bytes(data[:8] + len(text).to_bytes(2, "little") + text + b"x")
+    refuse(tmp_path / "r.npy", "impossible shape|no readable npy header", num_experts=8)
+
+
+def test_requests_without_rows_are_paid_for_by_bytes(tmp_path):
+    lens = np.zeros(1 << 18, np.uint8)
+    lens[0] = 10
+    np.savez_compressed(tmp_path / "r.npz", routed_experts=routing(10, 4, 2, 8), request_lens=lens)
+    refuse(tmp_path / "r.npz", "request_lens has 262144 entries, more than the file has bytes", num_experts=8)
+
+
+def test_texts_that_unpack_to_more_than_labels(tmp_path):
+    texts = {f"t{i}": np.array("a" * (1 << 22)) for i in range(5)}
+    np.savez_compressed(tmp_path / "r.npz", routed_experts=routing(10, 4, 2, 8), **texts)
+    refuse(tmp_path / "r.npz", "texts up to 't4' take more than", num_experts=8)
+
+
+def test_a_folder_of_arrays_whose_names_do_not_say_so(tmp_path):
+    for rows in (20, 30):
+        with (tmp_path / f"r{rows}.dat").open("wb") as file:
+            np.save(file, routing(rows, 4, 2, 8).astype(np.uint8))
+    _, requests = read(tmp_path, num_experts=8)
+    assert [len(request.ids) for request in requests] == [20, 30]
+
+
+def test_layer_numbers_that_no_store_holds(tmp_path):
+    np.savez(tmp_path / "r.npz", routed_experts=routing(30, 3, 2, 8), layer_ids=[1, 2, 1 << 16])
+    refuse(tmp_path / "r.npz", "layer id 65536; expected 0 to 65535", num_experts=8)

@@ -137,3 +137,11 @@ def test_a_dataproto_is_refused_with_the_way_out(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="verl's DataProto") as caught:
         read(path)
     assert "numpy.savez" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 0, LAYERS, K), (0, 9, LAYERS, K), (1 << 40, 5, 0, K)])
+def test_a_batch_of_nothing_is_refused_at_once(tmp_path, shape):
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i2", "fortran_order": False, "shape": shape})
+    with pytest.raises(SourceError, match="is empty"):
+        read(tmp_path / "x.npy")

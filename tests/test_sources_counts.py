@@ -393,3 +393,28 @@ def test_damaged_statistics_are_an_error_and_nothing_else(tmp_path_factory, data
         (folder / file).write_bytes(bytes(content))
     with contextlib.suppress(TracekitError):
         read(folder)
+
+
+# Claims that cost nothing
+
+
+def test_activations_of_sequences_without_experts_are_refused_at_once(tmp_path):
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 1, 0)})
+    refuse(tmp_path / "x.npy", "the array is float32 of shape", source_format="moe-infinity")
+
+
+def test_layers_of_one_run_of_bytes_are_not_counts_of_their_own(tmp_path):
+    tensors, experts = 100, 4096
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, 1) + pair("general.type", "imatrix")
+    for layer in range(tensors):
+        head += text(f"blk.{layer}.ffn_up_exps.weight.counts") + struct.pack("<IQQIQ", 2, 1, experts, 0, 0)
+    (tmp_path / "m.gguf").write_bytes(head + b"\0" * (experts * 4 + 32))
+    refuse(tmp_path / "m.gguf", "claims 1638400 bytes of counts in a file of")
+
+
+def test_a_folder_of_many_iterations_is_read_in_linear_time(tmp_path):
+    tables = {(iteration, layer): chosen(4, 1, 16, 2)[0] for iteration in range(2000) for layer in range(4)}
+    tensorrt(tmp_path / "s", [tables])
+    _, records = read(tmp_path / "s")
+    assert len(records) == 2000

@@ -268,3 +268,23 @@ def test_any_text_only_makes_source_errors(tmp_path_factory, data):
             read(path, num_experts=16, **options)
         except SourceError:
             continue
+
+
+# Rows that claim more than they are
+
+
+def test_a_few_rows_do_not_make_a_huge_array(tmp_path):
+    rows = [f"0,1,{i},{i},{1000 if i == 5 else 0},1,0.5,0,0" for i in range(300)]
+    refuse(bigmoe(tmp_path / "t.csv", rows), "300 rows for 300 steps, 300 layers and 1001 slots")
+
+
+def test_layers_that_never_rise_do_not_make_huge_tables(tmp_path):
+    path = llama(tmp_path / "t.csv", [f"{layer},1" for layer in range(2000, 0, -1)])
+    refuse(path, "2000 runs of rows for 2000 batches of 2000 layers", top_k=1, num_experts=16)
+
+
+def test_a_line_without_an_end_is_not_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(csvio, "_BLOCK", 100)
+    monkeypatch.setattr(csvio, "_LONGEST_LINE", 1000)
+    (tmp_path / "t.csv").write_text("layer,expert\n" + "1" * 5000)
+    refuse(tmp_path / "t.csv", "a line of more than 1000 bytes", top_k=1, num_experts=16)

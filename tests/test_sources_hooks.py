@@ -276,3 +276,29 @@ def test_mutations_raise_nothing_else(tmp_path_factory, data, suffix):
     (folder / f"y{suffix}").write_bytes(whole[: data.draw(st.integers(1, len(whole)))])
     with contextlib.suppress(TracekitError):
         list(open_source([folder / f"y{suffix}"], IngestOptions(num_experts=N)).requests())
+
+
+@pytest.mark.parametrize(
+    "pattern", ["qwen3.model.layers.{}.mlp.experts", "v2/block_{}", "gpt2.h.{}.moe", "m8.layer[{}]"]
+)
+def test_numbers_in_the_name_of_the_model_are_no_layers(tmp_path, pattern):
+    ids = routing(7)
+    arrays = {pattern.format(layer): ids[:, layer] for layer in range(LAYERS)}
+    source, (request,) = read(write(tmp_path / "x.pt", arrays))
+    assert source.meta.layers == tuple(range(LAYERS))
+    assert (request.ids == ids).all()
+
+
+def test_calls_without_rows_are_refused_at_once(tmp_path):
+    arrays = {f"layers.{layer}": np.zeros((0, K), np.int64) for layer in range(LAYERS)}
+    np.savez(tmp_path / "x.npz", attention_mask=np.zeros((1 << 40, 0), np.int64), **arrays)
+    refuse(tmp_path / "x.npz", "calls without any row")
+
+
+def test_lists_that_repeat_each_other_are_not_followed(tmp_path):
+    writer = Writer()
+    repeated = b"](" + writer.one(View(routing(1)[:, 0])) + b"eq\x00"
+    for slot in range(1, 3):
+        repeated = b"](" + repeated + bytes([0x68, slot - 1]) * 200 + b"eq" + bytes([slot])
+    opcodes = b"\x80\x02](" + repeated + b"h\x02e."
+    refuse(archive(tmp_path / "x.pt", opcodes, writer.storages), "the same array or list twice")

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tracekit.errors import SourceError, TracekitError
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.config import parse_config
+from tracekit.sources.streams import exchanges
 
 # 5 layers of which the first two are dense, N = 16, k = 3.
 CONFIG = parse_config({"num_hidden_layers": 5, "num_experts": 16, "num_experts_per_tok": 3, "first_k_dense_replace": 2})
@@ -703,3 +705,31 @@ def test_any_value_in_the_place_of_the_routing(tmp_path_factory, value, place):
     for name in (None, "vllm", "sglang", "dynamo", "nemo"):
         with pytest.raises(TracekitError):
             read(path, source_format=name)
+
+
+def test_an_end_that_was_cut_does_not_move_the_rows(tmp_path):
+    lost = routing(8)
+    lost[-2:] = 0
+    choice = {"index": 0, "finish_reason": "stop", "routed_experts": packed(lost, start=None)}
+    refuse(write(tmp_path, answer([choice])), "6 rows of routing.*= 8 rows")
+    choice["routed_experts"] = nrlre1(filled(routing(6), 8))
+    refuse(write(tmp_path, answer([choice])), "6 rows of routing.*= 8 rows")
+
+
+def test_streams_without_an_id_follow_each_other(tmp_path):
+    chunks = [chunk for seed in range(3) for chunk in generate_chunks("s", seed=seed)]
+    for chunk in chunks:
+        del chunk["request_id"]
+    _, requests = read(events(tmp_path, *chunks))
+    assert len(requests) == 3
+    for seed, request in enumerate(requests):
+        assert (request.ids == routing(8, seed)[:, 2:]).all()
+
+
+def test_streams_that_never_end_cost_no_time(tmp_path):
+    started = [generate_chunks(f"open{i}")[0] for i in range(3000)]
+    ended = [chunk for i in range(3000) for chunk in generate_chunks(f"s{i}", output=1)]
+    path = write(tmp_path, *started, *ended)
+    begin = time.perf_counter()
+    assert sum(1 for _ in exchanges(path)) == 6000
+    assert time.perf_counter() - begin < 5

@@ -561,3 +561,9 @@ def test_any_value_in_a_record(tmp_path_factory, values, base):
     found[-1] |= {key: value for key, value in values.items() if key in found[-1]}
     with contextlib.suppress(TracekitError):
         read(lines(tmp_path_factory.mktemp("v") / "r.jsonl", found))
+
+
+def test_megatron_lines_that_name_two_layers(tmp_path):
+    path = tmp_path / "router_trace_rank0.jsonl"
+    path.write_text('{"step": 0, "layer": 0, "layer": 7, "num_tokens": 2, "topk": 1, "top_indices": [[1], [2]]}\n')
+    refuse(path, "names layer 7 and another")

@@ -392,6 +392,10 @@ def broken(path, change, location=IDENTITY):
         (lambda c: c["records"][0].update(positions=[0]), "has positions of shape"),
         (lambda c: c["records"][0].update(positions=[-1, 0, 1, 2, 3]), "negative or absurd"),
         (lambda c: c["records"][0].update(input_ids=None), "has input_ids of shape None"),
+        (lambda c: c["records"][0].update(extend_seq_lens=5), "has extend_seq_lens int64 of shape"),
+        (lambda c: c["records"][0].update(extend_seq_lens=View(np.ones((5, 1)))), "has extend_seq_lens float64"),
+        (lambda c: c["records"][0].update(extend_seq_lens=[1] * 6), r"has extend_seq_lens int64 of shape \(6,\) for 5"),
+        (lambda c: c.update(logical_count=View(np.zeros((2, 0, 8), np.int32))), "nothing was counted"),
         (lambda c: c["records"][1].update(topk_ids_of_layer="x"), "has nothing as topk_ids_of_layer"),
         (
             lambda c: c["records"][1].update(topk_ids_of_layer=View(np.full((LAYERS, 1, 8), N, np.int32))),

@@ -109,3 +109,20 @@ def test_mutations_raise_nothing_else(tmp_path_factory, data):
     path = archive(tmp_path_factory.mktemp("f") / "x.pt", bytes(pickled), writer.storages)
     with contextlib.suppress(TracekitError):
         list(open_source([path], IngestOptions(num_experts=N)).requests())
+
+
+def test_samples_that_share_their_tokens_are_not_unpacked_each(tmp_path):
+    writer = Writer()
+    opcodes = b"\x80\x02}(" + writer.one("samples") + b"](}("
+    one = {"tokens": [1] * 600, "response_length": 1, "rollout_routed_experts": View(routing(0))}
+    opcodes += b"".join(writer.one(part) for item in one.items() for part in item) + b"uq\xfa"
+    opcodes += b"h\xfa" * 600 + b"eu."
+    with pytest.raises(SourceError, match="more tokens, with the samples before it, than the file has bytes"):
+        read(archive(tmp_path / "x.pt", opcodes, writer.storages))
+
+
+def test_values_too_deep_for_a_message(tmp_path):
+    deep = b")" + b"\x85" * 100_000
+    path = save(tmp_path / "x.pt", {"rollout_id": 7, "samples": [sample(5, 3) | {"response_length": deep}]})
+    with pytest.raises(SourceError, match="nests its values too deeply"):
+        read(path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tracekit as tk
 from tracekit.errors import SourceError, TracekitError
-from tracekit.sources import IngestOptions, open_source, tables
+from tracekit.sources import IngestOptions, csvio, open_source, tables
 from tracekit.sources.readers import flame
 
 
@@ -122,7 +122,7 @@ def test_borders_without_a_column_for_the_request(tmp_path_factory, data):
         rows += these[prompt * layers :]
     path = save(tmp_path_factory.mktemp("t") / "t.csv", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "_CSV_BLOCK", data.draw(st.sampled_from([20, 61, 1 << 20])))
+        patch.setattr(csvio, "_BLOCK", data.draw(st.sampled_from([20, 61, 1 << 20])))
         _, requests = read(path)
     assert [r.request_id for r in requests] == [f"t/{i}" for i in range(len(made))]
     assert all((r.ids == ids).all() for r, ids in zip(requests, made, strict=True))
@@ -273,7 +273,7 @@ def test_single_experts_that_are_at_fault(tmp_path, rows, said):
 )
 @pytest.mark.parametrize("block", [10, 1 << 20])
 def test_csv_lines_that_are_at_fault_are_named(tmp_path, line, said, block, monkeypatch):
-    monkeypatch.setattr(tables, "_CSV_BLOCK", block)
+    monkeypatch.setattr(csvio, "_BLOCK", block)
     good = [f"0,{layer},3 4" for layer in range(3)]
     (tmp_path / "t.csv").write_text("\n".join(["token,layer,experts", *good, line]) + "\n")
     if "3 entries" in said and block == 10:
@@ -529,3 +529,19 @@ def test_damaged_layers_are_an_error_and_nothing_else(tmp_path_factory, data):
     path.write_bytes(bytes(content))
     with contextlib.suppress(TracekitError):
         read(folder, num_experts=64, requests=[{"n_tokens": 30}])
+
+
+def test_names_of_parquet_files_are_no_patterns(tmp_path):
+    folder = tmp_path / "a[1]*?"
+    folder.mkdir()
+    ids = routing(20)
+    pl.DataFrame(list(listed(ids))).write_parquet(folder / "phase=decode.parquet")
+    _, (request,) = read(folder / "phase=decode.parquet", num_experts=16)
+    assert (request.ids == ids).all()
+
+
+def test_parquet_that_unpacks_to_filler_is_refused(tmp_path):
+    rows = 3 << 20
+    columns = {name: pl.repeat(0, rows, eager=True, dtype=pl.Int8) for name in ("token", "layer", "expert")}
+    pl.DataFrame(columns).write_parquet(tmp_path / "x.parquet")
+    refuse(tmp_path / "x.parquet", "to 3145728 rows: constant filler", num_experts=16)

@@ -87,7 +87,7 @@ class Source:
     def _generate(self) -> Iterator[Request | Histogram]:
         before = 0
         for file in self._files:
-            for raw in file.reader.read(file.path, self._options):
+            for raw in _read(file, self._options):
                 name = file.request_id if raw.part is None else f"{file.request_id}/{raw.part}"
                 request = (
                     self._canonical.counts(raw, name)
@@ -100,6 +100,13 @@ class Source:
             before += file.size
             self.done_bytes = before
         self._canonical.finish()
+
+
+def _read(file: _File, options: IngestOptions) -> Iterator[RawRequest | RawCounts]:
+    try:
+        yield from file.reader.read(file.path, options)
+    except RecursionError as error:  # of a message that shows a value of a thousand levels
+        raise SourceError("nests its values too deeply", where=str(file.path), expected="a routing trace") from error
 
 
 def formats() -> pl.DataFrame:

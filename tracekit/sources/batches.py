@@ -87,6 +87,8 @@ def cut_batch(ids: AnyArray, side: dict[str, AnyArray], where: str) -> Iterator[
 
 
 def _check(ids: AnyArray, side: dict[str, AnyArray], where: str) -> None:
+    if not ids.size:
+        raise SourceError(f"the batch of shape {ids.shape} is empty", where=where, expected="tokens in it")
     if ids.dtype.kind not in "ui":
         raise SourceError(f"the batch is {ids.dtype}", where=where, expected="integers [requests, tokens, layers, k]")
     for key in ("attention_mask", "input_ids"):

@@ -19,8 +19,8 @@ from tracekit.sources.safetensors import is_safetensors, read_safetensors
 from tracekit.sources.tensors import Tensor
 from tracekit.sources.torchfile import PickledArray, is_torch, load_torch
 
-_LARGEST_TEXT = 1 << 24
-"""Elements of an array of strings that are looked at."""
+_LARGEST_TEXT = 1 << 26
+"""Bytes of all strings of a file that are looked at; numpy takes four for a character."""
 
 TORCH_VALUES = (Tensor, PickledArray)
 
@@ -154,17 +154,25 @@ class Bundle:
     def texts(self, requests: int | None, known: Sequence[str] | frozenset[str] = ()) -> dict[str, list[str]]:
         """Return the strings beside the arrays: single ones, and arrays with one entry per request."""
         found = {key: [scalar_text(text) or ""] for key, text in self._texts.items()}
+        left = _LARGEST_TEXT
         for key in self.names():
             info = self._infos.get(key)
             if key in known or (info is not None and not info.filename.endswith(".npy")):
                 continue
-            if info is not None and info.file_size > _LARGEST_TEXT * 4:
+            if info is not None and info.file_size > _LARGEST_TEXT:
                 continue
             item = self.item(key)
             if item is None or item.dtype.kind not in "US":
                 continue
             if item.shape != () and (requests is None or item.shape != (requests,)):
                 continue
+            left -= math.prod(item.shape) * item.dtype.itemsize
+            if left < 0:
+                raise SourceError(
+                    f"its texts up to {key[:60]!r} take more than {_LARGEST_TEXT} bytes",
+                    where=self.where,
+                    expected="labels",
+                )
             values = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in item.load().reshape(-1)]
             found[key] = [scalar_text(str(v)) or "" for v in values]
         return found
@@ -173,8 +181,11 @@ class Bundle:
         if not isinstance(content, dict):
             self.content = content
             return
+        made: dict[int, Item | None] = {}  # a list that many keys share is made an array once
         for key, value in content.items():
-            item = as_item(value, f"{self.path}[{str(key)[:100]}]")
+            if id(value) not in made:
+                made[id(value)] = as_item(value, f"{self.path}[{str(key)[:100]}]")
+            item = made[id(value)]
             if item is not None:
                 self._items[str(key)] = item
             elif isinstance(value, str):

@@ -192,6 +192,8 @@ def _place(raw: RawRequest, routing: Routing, asked_for: int | None, exchange: E
             )
         raw.first_pos = raw.prompt_len
         return
+    if TAIL_NOTE in raw.notes:
+        return  # where the end was cut, it is the end that may lack rows
     if raw.first_pos is None and not exchange.logged and raw.prompt_len is not None and raw.expected_rows is not None:
         missing = raw.expected_rows - len(raw.ids)
         # A row that was lost is zero in these arrays, not absent: only a later start makes them shorter.

@@ -195,7 +195,7 @@ def count(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int |
         if value is None:
             continue
         if not _is_int(value) or not 0 <= value < 1 << 31:
-            raise SourceError(f"{key} is {value!r}", where=where, expected="a whole number")
+            raise SourceError(f"{key} is {value!r:.60}", where=where, expected="a whole number")
         return int(value)
     return None
 

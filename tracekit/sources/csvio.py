@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 _BLOCK = 1 << 24
+_LONGEST_LINE = 1 << 24
 
 Columns = dict[str, NDArray[Any]]
 
@@ -49,21 +50,31 @@ def read_columns(
     with reading(str(path)), path.open("rb") as file:
         for _ in range(skip):
             file.readline()
-        line, rest = skip + 1, b""
-        while block := _next_block(file, rest):
-            whole, rest = block
-            if whole:
-                frame = _parse(whole, str(path), line, header, wanted)
-                yield line, {name: frame[name].to_numpy() for name in wanted}, file.tell()
-                line += whole.count(b"\n")
+        line = skip + 1
+        for whole in whole_lines(file, str(path)):
+            frame = _parse(whole, str(path), line, header, wanted)
+            yield line, {name: frame[name].to_numpy() for name in wanted}, file.tell()
+            line += whole.count(b"\n")
 
 
-def _next_block(file: IO[bytes], rest: bytes) -> tuple[bytes, bytes] | None:
-    data = file.read(_BLOCK)
-    if not data:
-        return (rest + b"\n", b"") if rest else None
-    end = data.rfind(b"\n") + 1
-    return rest + data[:end], data[end:] if end else rest + data
+def whole_lines(file: IO[bytes], where: str) -> Iterator[bytes]:
+    """Yield the rest of a file in pieces of whole lines, some megabytes each; the last line may lack its end.
+
+    Raises
+    ------
+    SourceError
+        If a line is longer than any row of a trace.
+    """
+    rest = b""
+    while data := file.read(_BLOCK):
+        end = data.rfind(b"\n") + 1
+        if len(rest) > _LONGEST_LINE:
+            raise SourceError(f"has a line of more than {_LONGEST_LINE} bytes", where=where, expected="a row a line")
+        whole, rest = (rest + data[:end], data[end:]) if end else (b"", rest + data)
+        if whole:
+            yield whole
+    if rest.strip():
+        yield rest + b"\n"
 
 
 def _parse(block: bytes, where: str, line: int, header: Sequence[str], wanted: Mapping[str, type]) -> pl.DataFrame:

@@ -13,6 +13,8 @@ from tracekit.sources.checks import CHUNK_IDS
 from tracekit.sources.config import ModelConfig
 from tracekit.sources.files import allocate
 
+_MOST_LAYERS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -175,6 +177,8 @@ def _by_layer_ids(
 ) -> LayerPlan:
     if len(set(layer_ids)) != len(layer_ids) or min(layer_ids, default=0) < 0:
         raise SourceError(f"layer ids {list(layer_ids)[:16]} repeat or are negative", where=where)
+    if max(layer_ids, default=0) >= _MOST_LAYERS:
+        raise SourceError(f"layer id {max(layer_ids)}", where=where, expected=f"0 to {_MOST_LAYERS - 1}")
     if len(layer_ids) == size:
         entry_of = {number: entry for entry, number in enumerate(layer_ids)}
     elif layer_ids and max(layer_ids) < size:

@@ -25,6 +25,7 @@ _DEFLATE_LIMIT = 1032
 _BOMB_RATIO = 200
 """Routing ids never compress this well; only looked at for big members."""
 _PIECE = 1 << 22
+_MOST_AXES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,8 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
             expected="an integer array",
             remedy="Save it as integers: numpy.asarray(ids, dtype='uint16'); tracekit never unpickles",
         )
-    if any(n < 0 for n in shape):
-        raise SourceError(f"claims the impossible shape {shape}", where=where)
+    if any(not 0 <= n < 1 << 62 for n in shape) or len(shape) > _MOST_AXES:
+        raise SourceError("claims an impossible shape", where=where, expected="an array that numpy could save")
     header = Header(tuple(int(n) for n in shape), dtype, bool(fortran), file.tell())
     held = size - header.offset
     if header.nbytes != held:

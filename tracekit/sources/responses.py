@@ -75,7 +75,7 @@ def count(source: Mapping[str, Any], key: str, where: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise SourceError(f"{key} is {value!r}", where=where, expected="a count")
+        raise SourceError(f"{key} is {value!r:.60}", where=where, expected="a count")
     return value
 
 

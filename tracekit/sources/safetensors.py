@@ -95,7 +95,8 @@ def _storage(
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    described = isinstance(dtype, str) and _counts(shape) and _counts(offsets)
+    if not described or len(offsets) != 2 or len(shape) > _MOST_AXES:
         raise SourceError(
             "is not described by dtype, shape and data_offsets", where=where, expected="a safetensors file"
         )
@@ -104,7 +105,7 @@ def _storage(
     numbers = np.dtype(_DTYPES[dtype])
     first, last = offsets
     needed = math.prod(shape) * numbers.itemsize
-    if not first <= last <= held or last - first != needed or len(shape) > _MOST_AXES:
+    if not first <= last <= held or last - first != needed:
         raise SourceError(
             f"claims {dtype} of shape {str(shape[:8])[:200]} in bytes {first} to {last} of {held}",
             where=where,

@@ -84,7 +84,7 @@ def entry_count(entry: Entry, keys: Sequence[str], request_id: str) -> int | Non
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
             raise SourceError(
-                f"{key} is {value!r}", where=f"{_WHERE}, request {request_id!r}", expected="a whole number"
+                f"{key} is {value!r:.60}", where=f"{_WHERE}, request {request_id!r}", expected="a whole number"
             )
         return value
     return None

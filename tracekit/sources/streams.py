@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tracekit.sources.files import reading
 from tracekit.sources.jsonio import first_object, is_events, records
 from tracekit.sources.responses import Exchange, Json, mapping, unwrap
 
@@ -33,7 +34,7 @@ class _Stream:
                     if isinstance(choice, dict):
                         self._add_choice(choice)
             elif isinstance(value, dict) and isinstance(self.response.get(key), dict):
-                self.response[key] = {**self.response[key], **_given(value)}
+                self.response[key].update(_given(value))
             elif value is not None or key not in self.response:
                 self.response[key] = value
 
@@ -46,7 +47,7 @@ class _Stream:
                     merged[key] = []
                 merged[key].extend(value)
             elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-                merged[key] = {**merged[key], **_given(value)}
+                merged[key].update(_given(value))
             elif value is not None or key not in merged:
                 merged[key] = value
 
@@ -55,6 +56,18 @@ class _Stream:
         if "meta_info" in self.response:
             return mapping(self.response, "meta_info").get("finish_reason") is not None
         return bool(self.choices) and all(c.get("finish_reason") is not None for c in self.choices.values())
+
+    def begins_anew(self, chunk: Json) -> bool:
+        """Whether a chunk generates on in a choice that has finished: another stream has the same name, or none."""
+        found = chunk.get("choices")
+        if not isinstance(found, list):
+            return "meta_info" in chunk and _unfinished(mapping(chunk, "meta_info"))
+        generating = (part for part in found if isinstance(part, dict) and _unfinished(part))
+        return any(
+            part.get("index", 0) in self.choices
+            and any((part.get("text"), part.get("token_ids"), *mapping(part, "delta").values()))
+            for part in generating
+        )
 
     def whole(self) -> Exchange:
         response = dict(self.response)
@@ -79,9 +92,10 @@ def exchanges(path: Path) -> Iterator[Numbered]:
     SourceError
         Naming the line that is not JSON or not an object.
     """
-    with path.open("rb") as file:
+    with reading(str(path)), path.open("rb") as file:
         events = is_events(file.read(64))
     streams: dict[str, _Stream] = {}
+    finished: dict[str, _Stream] = {}
     streaming = events
     number = done = 0
     for where, record, done in records(path):
@@ -94,10 +108,18 @@ def exchanges(path: Path) -> Iterator[Numbered]:
             number += 1
             continue
         streaming = True
+        if name in finished and finished[name].begins_anew(exchange.response):
+            ended = finished.pop(name)  # its id, or its lack of one, comes again
+            streams.pop(name)
+            yield ended.where, str(number), ended.whole(), done
+            number += 1
         streams.setdefault(name, _Stream(where, exchange)).add(exchange.response)
-        over = [key for key, stream in streams.items() if stream.finished] if streams[name].finished else []
-        for key in over[:-_WAITING]:
-            ended = streams.pop(key)
+        if streams[name].finished:
+            finished[name] = streams[name]
+        if len(finished) > _WAITING:
+            key = next(iter(finished))
+            ended = finished.pop(key)
+            streams.pop(key)
             yield ended.where, str(number), ended.whole(), done
             number += 1
     for stream in streams.values():

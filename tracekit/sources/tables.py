@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
+from tracekit.sources.csvio import whole_lines
 from tracekit.sources.files import file_size, reading
 from tracekit.sources.jsonio import records
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     import polars as pl
 
 PARQUET = b"PAR1"
-_CSV_BLOCK = 1 << 24
 _ROWS = 1 << 16
 _LONGEST_HEADER = 1 << 16
+_FREE_ROWS, _ROWS_PER_BYTE = 1 << 20, 8
+"""Rows that a Parquet file may hold beyond those that its bytes pay for: an expert takes a few bits."""
 _INTEGERS = re.compile(r"[\[({ ]*-?\d+([ ,;|]+-?\d+)*[\])} ]*")
 _FLOATS = re.compile(r"[\[({ ]*[^\s,;|\[\](){}]+([ ,;|]+[^\s,;|\[\](){}]+)*[\])} ]*")
 
@@ -91,22 +93,11 @@ def csv_blocks(path: Path, columns: Sequence[str], numbers: dict[str, type]) -> 
     with reading(str(path)), path.open("rb") as file:
         header = csv_header(file.readline(_LONGEST_HEADER))
         line = 2
-        for whole in _pieces(file):
+        for lines in whole_lines(file, str(path)):
+            whole = lines.replace(b"\r\n", b"\n")
             frame = _parse_csv(whole, str(path), line, header, columns, numbers)
             yield Block(frame, line, file.tell())
             line += whole.count(b"\n")
-
-
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield whole lines, some megabytes at a time."""
-    rest = b""
-    while data := file.read(_CSV_BLOCK):
-        end = data.rfind(b"\n") + 1
-        whole, rest = (rest + data[:end], data[end:]) if end else (b"", rest + data)
-        if whole:
-            yield whole.replace(b"\r\n", b"\n")
-    if rest.strip():
-        yield rest.rstrip(b"\r") + b"\n"
 
 
 def _parse_csv(
@@ -185,7 +176,7 @@ def parquet_schema(path: Path) -> dict[str, pl.DataType]:
     import polars as pl
 
     with polars_reading(str(path)):
-        return dict(pl.read_parquet_schema(path))
+        return dict(pl.scan_parquet(path, glob=False).collect_schema())
 
 
 def parquet_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
@@ -201,6 +192,11 @@ def parquet_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
     size, done, where = file_size(path), 0, str(path)
     with polars_reading(where):
         total = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+    if total > _FREE_ROWS + _ROWS_PER_BYTE * size:
+        raise SourceError(
+            f"unpacks {size} bytes to {total} rows: constant filler, not routing", where=where, expected="a real trace"
+        )
+    with polars_reading(where):
         batches = pl.scan_parquet(path, glob=False).select(columns).collect_batches(maintain_order=True)
     while True:
         with polars_reading(where):

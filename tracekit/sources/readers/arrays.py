@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
-from tracekit.sources.base import IngestOptions, RawRequest, Reader
+from tracekit.sources.base import IngestOptions, RawPredictions, RawRequest, Reader
 from tracekit.sources.batches import SIDE_KEYS, cut_batch
 from tracekit.sources.bundle import TORCH_VALUES, Bundle, Item, as_item
 from tracekit.sources.files import file_size, read_head, reading
@@ -23,6 +24,10 @@ PROMPT_KEY = "prompt_routed_experts"
 _LAYER_KEYS = ("layer_ids", "moe_layer_ids")
 _NAME_KEYS = ("request_ids", "request_id")
 _KNOWN = frozenset({*ID_KEYS, PROMPT_KEY, *_LAYER_KEYS, "router_weights", "token_ids", "prompt_token_ids", *SIDE_KEYS})
+_PREDICTED = re.compile(r"predicted(?:_([a-z][a-z0-9_]*)_)?([1-9][0-9]{0,3})")
+"""Arrays of predictions: ``predicted1``, or with the predictor's name ``predicted_NAME_1``, by the distance."""
+_NEXT_GATE = "next_gate"
+"""The predictor of arrays that name none."""
 _SHAPES_LOOKED_AT = 32
 
 _GiveRows = Callable[[int], NDArray[Any]]
@@ -61,7 +66,7 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
     with reading(str(path)), Bundle(path, read_head(path)) as side:
         lens = side.array("request_lens")
         if lens is not None:
-            yield from _many(path, side, _lengths(lens, side.where), options)
+            yield from _many(path, side, _lengths(lens, path, side.where), options)
             return
         items = _id_items(side)
         if len(items) == 1 and len(items[0].shape) == 4:
@@ -87,6 +92,10 @@ def _batch(side: Bundle | None, ids: NDArray[Any], options: IngestOptions, where
     layer_ids = None if side is None else layer_ids_of(side)
     num_experts = None if side is None else side.scalar("num_experts")
     fields = {} if side is None else {key: values[0] for key, values in side.texts(None, _KNOWN).items()}
+    predicted = [] if side is None else [(name, far, item.load()) for name, far, item in _predicted_items(side)]
+    for name, far, array in predicted:
+        if array.shape[:3] != ids.shape[:3] or array.ndim != 4:
+            raise _unlike(name, far, array.shape, ids.shape, where)
     size = 0 if side is None else file_size(side.path)
     for i, cut in enumerate(cut_batch(ids, beside, where)):
         yield RawRequest(
@@ -96,6 +105,9 @@ def _batch(side: Bundle | None, ids: NDArray[Any], options: IngestOptions, where
             axes="tlk",
             prompt_len=cut.prompt_len,
             token_ids=cut.token_ids,
+            predictions=tuple(
+                RawPredictions(name, far, array[i, cut.first : cut.last]) for name, far, array in predicted
+            ),
             fields=fields,
             layer_ids=layer_ids,
             num_experts=num_experts,
@@ -104,10 +116,14 @@ def _batch(side: Bundle | None, ids: NDArray[Any], options: IngestOptions, where
         )
 
 
-def _lengths(lens: NDArray[Any], where: str) -> list[int]:
+def _lengths(lens: NDArray[Any], path: Path, where: str) -> list[int]:
     if lens.dtype.kind not in "ui" or lens.ndim != 1:
         raise SourceError(
             f"request_lens is {lens.dtype} of shape {lens.shape}", where=where, expected="one row count per request"
+        )
+    if lens.size > file_size(path):
+        raise SourceError(
+            f"request_lens has {lens.size} entries, more than the file has bytes", where=where, expected="real requests"
         )
     counts = [int(n) for n in lens]
     if any(n < 0 for n in counts):
@@ -139,7 +155,11 @@ def _id_items(side: Bundle) -> list[Item]:
     if single is not None:
         return [single]
     others = {key: item for key in side.names() if (item := side.item(key)) is not None}
-    cubes = [item for item in others.values() if len(item.shape) in (3, 4) and item.dtype.kind in "ui"]
+    cubes = [
+        item
+        for key, item in others.items()
+        if len(item.shape) in (3, 4) and item.dtype.kind in "ui" and not _PREDICTED.fullmatch(key)
+    ]
     if len(cubes) == 1:
         return cubes
     held = ", ".join(f"{key} {item.shape}" for key, item in list(others.items())[:16])
@@ -147,6 +167,24 @@ def _id_items(side: Bundle) -> list[Item]:
         f"holds no routing array ({held or 'no arrays at all'})",
         where=side.where,
         expected=f"one named {', '.join(ID_KEYS)}",
+    )
+
+
+def _predicted_items(side: Bundle) -> list[tuple[str, int, Item]]:
+    """Return the arrays of predictions: predictor, MoE layers ahead, and the array."""
+    found = []
+    for key in side.names():
+        match, item = _PREDICTED.fullmatch(key), side.item(key) if key.startswith("predicted") else None
+        if match is not None and item is not None:
+            found.append((match[1] or _NEXT_GATE, int(match[2]), item))
+    return found
+
+
+def _unlike(name: str, far: int, found: tuple[int, ...], ids: tuple[int, ...], where: str) -> SourceError:
+    return SourceError(
+        f"predictions of {name!r} from {far} MoE layers before have shape {found}, the ids {ids}",
+        where=where,
+        expected="the same shape but for the number of experts",
     )
 
 
@@ -183,6 +221,7 @@ def _one(path: Path, side: Bundle, items: Sequence[Item]) -> RawRequest:
         prompt_len=prompt_len,
         output_len=side.scalar("output_len"),
         weights=None if weights is None else weights.load(),
+        predictions=tuple(RawPredictions(name, far, item.load()) for name, far, item in _predicted_items(side)),
         fields=texts,
         layer_ids=layer_ids_of(side),
         num_experts=side.scalar("num_experts"),
@@ -254,6 +293,11 @@ def _many(path: Path, side: Bundle, lens: Sequence[int], options: IngestOptions)
     next_tokens = _token_rows(side, count, total)
     next_ids = _row_giver(ids, axis)
     next_weights = None if weights is None else _row_giver(weights, axis)
+    predicted = _predicted_items(side)
+    for name, far, item in predicted:
+        if len(item.shape) != 3 or item.shape[axis] != total:
+            raise _unlike(name, far, item.shape, ids.shape, side.where)
+    next_predicted = [(name, far, _row_giver(item, axis)) for name, far, item in predicted]
     size, done = file_size(path), 0
 
     def number(key: str, i: int) -> int | None:
@@ -274,6 +318,7 @@ def _many(path: Path, side: Bundle, lens: Sequence[int], options: IngestOptions)
             output_len=output_len,
             first_pos=number("first_pos", i),
             weights=None if next_weights is None else next_weights(rows),
+            predictions=tuple(RawPredictions(name, far, give(rows)) for name, far, give in next_predicted),
             fields=fields,
             layer_ids=layer_ids,
             num_experts=num_experts,
@@ -346,10 +391,11 @@ def varying_axis(paths: Sequence[Path]) -> int | None:
     """
     shapes: set[tuple[int, ...]] = set()
     for path in paths[:_SHAPES_LOOKED_AT]:
-        if path.suffix == ".npy":
+        head = read_head(path)
+        if head.startswith(MAGIC):
             shapes.add(npy_shape(path))
             continue
-        with Bundle(path, read_head(path)) as side:
+        with Bundle(path, head) as side:
             if "request_lens" in side:
                 return None
             shapes.update(item.shape for item in _id_items(side))

@@ -20,6 +20,8 @@ from tracekit.sources.files import allocate, file_size, reading
 _MAGIC = "# route_trace v1"
 _WANTED = {"turn": int, "phase": int, "step": int, "layer": int, "slot": int, "expert": int, "weight": float}
 _LONGEST_HEADER = 1 << 16
+_MOST_GAPS, _FREE_CELLS = 4, 1 << 20
+"""Cells for each row of a turn before it counts as damaged; prompts leave out at most the last layer."""
 _LARGEST = {"turn": 1 << 31, "phase": 2, "step": 1 << 31, "layer": 1 << 12, "slot": 1 << 10, "expert": 1 << 16}
 
 
@@ -138,6 +140,13 @@ def _turn(
     phase[at_step] = rows["phase"]
     if (phase[at_step] != rows["phase"]).any() or (np.diff(phase.astype(np.int8)) < 0).any():
         raise SourceError("has prefill steps after decode steps", where=where, expected="positions in order of phase")
+    if len(steps) * len(layers) * width > _MOST_GAPS * len(rows["step"]) + _FREE_CELLS:
+        raise SourceError(
+            f"has {len(rows['step'])} rows for {len(steps)} steps, {len(layers)} layers and {width} slots",
+            where=where,
+            expected="a row for every slot of every layer",
+            remedy="Is it damaged? Copy it again from where it was made",
+        )
     ids, weights = allocate((len(steps), len(layers), width), np.int32), None
     ids[:] = -1
     ids[at_step, at_layer, rows["slot"]] = rows["expert"]

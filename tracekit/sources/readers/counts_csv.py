@@ -10,7 +10,7 @@ import numpy as np
 from tracekit.errors import SourceError
 from tracekit.sources.base import IngestOptions, RawCounts, Reader
 from tracekit.sources.csvio import read_columns
-from tracekit.sources.files import file_size
+from tracekit.sources.files import file_size, reading
 
 _NAMES = {"layer": ("layer_id", "layer"), "expert": ("expert_id", "expert"), "count": ("count", "counts")}
 _LARGEST = {"layer": 1 << 12, "expert": 1 << 16, "count": 1 << 62}
@@ -35,7 +35,7 @@ def _sniff(path: Path, head: bytes) -> bool:
 
 
 def _read(path: Path, options: IngestOptions) -> Iterator[RawCounts]:
-    with path.open("rb") as file:
+    with reading(str(path)), path.open("rb") as file:
         header = _header(file.readline(1 << 16))
     named = _named(header)
     if named is None:

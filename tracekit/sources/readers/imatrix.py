@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,11 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawCounts]:
             where=str(path),
             expected="tensors named blk.N.ffn_gate_exps.weight.counts",
             remedy="Make it from a Mixture-of-Experts model, with llama.cpp's imatrix of 2025 or later",
+        )
+    claimed = sum(math.prod(info.shape) * 4 for found in by_layer.values() for info in found.values())
+    if claimed > file_size(path):
+        raise SourceError(
+            f"claims {claimed} bytes of counts in a file of {file_size(path)}", where=str(path), expected="a whole file"
         )
     layers = sorted(by_layer)
     rows, agree = zip(*(_layer(path, by_layer[layer]) for layer in layers), strict=True)

@@ -15,6 +15,8 @@ from tracekit.sources.csvio import read_columns
 from tracekit.sources.files import allocate, file_size
 
 _COLUMNS = ("layer", "expert")
+_MOST_GAPS, _FREE_CELLS = 4, 1 << 20
+"""Cells (batch, layer) for each run of rows before a trace counts as damaged; only the last layer may be absent."""
 _LARGEST = {"layer": 1 << 12, "expert": 1 << 16}
 _NOTE = (
     "the CSV has no token index: rows were taken as k experts per token, layer by layer per batch; batches of more "
@@ -80,6 +82,13 @@ class _Batches:
         # A layer number that does not rise begins the next pass through the model.
         batch = np.cumsum(np.concatenate([[0], np.diff(of_block) <= 0]))
         shape = (int(batch[-1]) + 1, len(self.layers))
+        if shape[0] * shape[1] > _MOST_GAPS * len(of_block) + _FREE_CELLS:
+            raise SourceError(
+                f"has {len(of_block)} runs of rows for {shape[0]} batches of {shape[1]} layers",
+                where=where,
+                expected="the layers of each batch in ascending order",
+                remedy="Is it damaged? Copy it again from where it was made",
+            )
         self.per_layer = np.zeros(shape, np.int64)
         self.row = np.zeros(shape, np.int64)
         self.per_layer[batch, at] = sizes // top_k

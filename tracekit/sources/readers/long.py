@@ -373,7 +373,7 @@ def _request(pieces: list[_Rows], columns: _Columns, name: str | None, number: i
         positions=None if consecutive else tokens,
         weights=None if weights is None else take(weights, order, shape, np.float32),
         layer_ids=tuple(int(number) for number in layers),
-        router_order=True if columns.rank in ("rank", "Rank") else None,
+        router_order=True if columns.rank is not None and columns.rank.lower() == "rank" else None,
         fields=labels,
         notes=notes,
         consumed=pieces[-1].done,

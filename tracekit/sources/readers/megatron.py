@@ -343,6 +343,8 @@ def _counts(
                 continue
             _, records, at, done[i] = head
             for record in records:
+                if record.layer not in place:
+                    raise SourceError(f"names layer {record.layer} and another", where=at, expected="one layer a line")
                 if record.ids.size:
                     counts[place[record.layer]] += count_experts(record.ids, experts, at)
                     widths.add(record.ids.shape[1])

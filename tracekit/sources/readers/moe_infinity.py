@@ -39,7 +39,7 @@ def _looks_counted(array: NDArray[Any]) -> bool:
 
 def _read(path: Path, options: IngestOptions) -> Iterator[RawCounts]:
     array = map_npy(path)
-    if array.ndim != 3 or array.dtype.kind not in "fui":
+    if array.ndim != 3 or array.dtype.kind not in "fui" or not array.size:
         raise SourceError(
             f"the array is {array.dtype} of shape {array.shape}",
             where=str(path),

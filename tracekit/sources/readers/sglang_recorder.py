@@ -126,6 +126,8 @@ class _Location:
 
 
 def _stat(path: Path, item: Item) -> RawCounts:
+    if 0 in item.shape:
+        raise SourceError(f"has {_STAT} of shape {item.shape}: nothing was counted", where=str(path))
     counts = item.load()
     steps = counts.shape[0] if counts.ndim == 3 else 1
     total = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0, dtype=np.int64)
@@ -371,6 +373,12 @@ def _pass(record: dict[Any, Any], first: int, count: int, where: str) -> tuple[P
         return Pass("decode", first, positions), None
     if lens is None:
         return None, f"forward_mode {str(mode)[:16]} without extend_seq_lens"
+    if lens.dtype.kind not in "ui" or len(lens.shape) != 1 or lens.shape[0] > count:
+        raise SourceError(
+            f"has extend_seq_lens {lens.dtype} of shape {lens.shape} for {count} rows",
+            where=where,
+            expected="a whole number for each request",
+        )
     kind: Kind = "mixed" if mode == _MIXED else "extend"
     return Pass(kind, first, positions, tuple(int(n) for n in lens.load())), None
 

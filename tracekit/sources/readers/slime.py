@@ -41,12 +41,20 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
         first = next(i for i in routed if i not in present)
         notes = (f"samples without {_KEY} (aborted ones) were left out (sample {first} is the first)",)
     rollout, size = scalar_text(content.get("rollout_id")), file_size(path)
+    seen = 0
     for i, item in present.items():
         where, sample = f"{path}, sample {i}", samples[i]
         tokens = as_item(sample.get("tokens"), where)
         if tokens is None or tokens.dtype.kind not in "ui" or len(tokens.shape) != 1:
             raise SourceError("has no tokens", where=where, expected="the token ids of prompt and response")
         count, output = tokens.shape[0], sample.get("response_length")
+        seen += count
+        if seen > size:
+            raise SourceError(
+                f"has more tokens, with the samples before it, than the file has bytes ({size})",
+                where=where,
+                expected="tokens of its own for each sample",
+            )
         if type(output) is not int or not 0 <= output <= count:
             raise SourceError(
                 f"has response_length {str(output)[:32]} and {count} tokens", where=where, expected="0 to all of them"

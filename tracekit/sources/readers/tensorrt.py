@@ -43,8 +43,12 @@ def _read(folder: Path, options: IngestOptions) -> Iterator[RawCounts]:
     size, order = sum(map(file_size, paths)), sorted({iteration for rank in ranks for iteration, _ in rank})
     if not order:
         raise SourceError("holds no counts", where=str(folder), expected="a run that reached the end of its range")
+    layers_at: dict[int, set[int]] = {iteration: set() for iteration in order}
+    for rank in ranks:
+        for at, layer in rank:
+            layers_at[at].add(layer)
     for done, iteration in enumerate(order, start=1):
-        layers = sorted({layer for rank in ranks for at, layer in rank if at == iteration})
+        layers = sorted(layers_at[iteration])
         held = [_stack(rank, iteration, layers, slots) for rank in ranks]
         shared = len(held) > 1 and all((other == held[0]).all() for other in held[1:])
         yield RawCounts(

@@ -21,6 +21,7 @@ from tracekit.sources.safetensors import is_safetensors
 from tracekit.sources.torchfile import ZIP_MAGIC, is_torch
 
 _NUMBER = re.compile(r"\d+")
+_NAMED = re.compile(r"(?:layers?|blocks?|\bh)[._\[/-]?(?=\d)", re.IGNORECASE)
 _MOST_COLUMNS = 1 << 12
 _SIDE = frozenset({"attention_mask", "input_ids", "token_ids", "prompt_len", "num_experts"})
 _NESTING = 3
@@ -67,16 +68,22 @@ def _looks_captured(bundle: Bundle) -> bool:
     """Whether the arrays are one of ids, or one of logits, for each layer; not weights of a model."""
     layers: dict[int, list[Item]] = {}
     for name in bundle.names():
-        number = _NUMBER.search(name)
-        item = bundle.item(name) if number is not None else None
-        if number is not None and item is not None and len(item.shape) == 2:
-            layers.setdefault(int(number[0][:9]), []).append(item)
+        numbers = _numbers(name)
+        item = bundle.item(name) if numbers else None
+        if item is not None and len(item.shape) == 2:
+            layers.setdefault(numbers[0], []).append(item)
     if not layers:
         return False
     if all(any(item.dtype.kind in "ui" for item in items) for items in layers.values()):
         return True
     widths = {items[0].shape[1] for items in layers.values()}
     return all(len(items) == 1 for items in layers.values()) and len(widths) == 1 and min(widths) <= _MOST_COLUMNS
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    """Return the layer's number in a name, and the numbers behind it; the model's name may have some before it."""
+    named = _NAMED.search(name)
+    return tuple(int(number[:9]) for number in _NUMBER.findall(name, named.end() if named is not None else 0))
 
 
 def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
@@ -124,22 +131,22 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
 
 def _layers(bundle: Bundle) -> tuple[list[_Layer], tuple[int, ...] | None]:
     """Return the layers in order, and their numbers where names give them."""
-    content = bundle.content
+    content, seen = bundle.content, set[int]()
     if isinstance(content, list | tuple):
-        return [_Layer(f"layer {i}", _calls(value, f"{bundle.where}[{i}]")) for i, value in enumerate(content)], None
+        places = ((f"layer {i}", value, f"{bundle.where}[{i}]") for i, value in enumerate(content))
+        return [_Layer(name, _calls(value, where, seen)) for name, value, where in places], None
     layers: dict[int, _Layer] = {}
     parts: dict[int, list[tuple[tuple[int, ...], Item]]] = {}
     for name in content if isinstance(content, dict) else bundle.names():
-        number = _NUMBER.search(str(name))
-        if number is None or name in _SIDE:
+        numbered = _numbers(str(name))
+        if not numbered or name in _SIDE:
             continue
-        layer = int(number[0][:9])
+        layer, order = numbered[0], numbered[1:]
         value, item = content[name] if isinstance(content, dict) else None, bundle.item(str(name))
         if item is not None:
-            order = tuple(int(n[:9]) for n in _NUMBER.findall(str(name))[1:])
             parts.setdefault(layer, []).append((order, item))
         elif isinstance(value, list | tuple) and layer not in layers:
-            layers[layer] = _Layer(str(name)[:100], _calls(value, f"{bundle.where}[{str(name)[:100]}]"))
+            layers[layer] = _Layer(str(name)[:100], _calls(value, f"{bundle.where}[{str(name)[:100]}]", seen))
         elif isinstance(value, list | tuple):
             raise SourceError(f"has layer {layer} twice", where=bundle.where, expected="one entry per layer")
     for layer, found in parts.items():
@@ -161,15 +168,21 @@ def _layers(bundle: Bundle) -> tuple[list[_Layer], tuple[int, ...] | None]:
     return [layers[number] for number in numbers], numbers
 
 
-def _calls(value: Any, where: str, depth: int = 0) -> list[_Call]:
-    """Return the calls of one layer: an array is one, a list one each; a tuple is a router's output."""
+def _calls(value: Any, where: str, seen: set[int], depth: int = 0) -> list[_Call]:
+    """Return the calls of one layer: an array is one, a list one each; a tuple is a router's output.
+
+    ``seen`` holds what was there before: a few bytes can name one list in a list in a list a million times.
+    """
+    if id(value) in seen:
+        raise SourceError("holds the same array or list twice", where=where, expected="an array of its own each")
+    seen.add(id(value))
     item = as_item(value, where)
     if item is not None:
         return [_call([item], where)]
     if isinstance(value, tuple):
         return [_call([part for entry in value if (part := as_item(entry, where)) is not None], where)]
     if isinstance(value, list) and depth < _NESTING:
-        return [call for entry in value for call in _calls(entry, where, depth + 1)]
+        return [call for entry in value for call in _calls(entry, where, seen, depth + 1)]
     raise SourceError(
         f"holds a {type(value).__name__}", where=where, expected="an array [tokens, k] per layer, or a list of them"
     )
@@ -205,6 +218,8 @@ def _check_layers(layers: Sequence[_Layer], where: str) -> None:
         raise SourceError("holds no call of any layer", where=where, expected="arrays [tokens, k] per layer")
     first = layers[0]
     shapes = [(call.rows, call.ids is None) for call in first.calls]
+    if not any(rows for rows, _ in shapes):
+        raise SourceError("holds calls without any row", where=where, expected="arrays [tokens, k] per layer")
     for layer in layers:
         if [(call.rows, call.ids is None) for call in layer.calls] != shapes:
             raise SourceError(
