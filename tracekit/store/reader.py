@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from tracekit.errors import StoreError
 from tracekit.schema import id_dtype
 from tracekit.store import views
+from tracekit.store.ahead import ahead
 from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest
 from tracekit.store.spool import COUNTS
 
@@ -100,16 +100,11 @@ class Store:
         return pl.concat(frames)
 
     def blocks(self, trace: TraceInfo) -> Iterator[Block]:
-        """Yield the trace's routing rows part by part; the next is made ready while one is worked on.
+        """Return the trace's routing rows part by part; the next is made ready while one is worked on.
 
         The ids of a block are overwritten after the next two: copy what is to be kept.
         """
-        blocks = self._blocks(trace)
-        with ThreadPoolExecutor(1, thread_name_prefix="tracekit-read") as pool:
-            ahead = pool.submit(next, blocks, None)
-            while (block := ahead.result()) is not None:
-                ahead = pool.submit(next, blocks, None)
-                yield block
+        return ahead(self._blocks(trace))
 
     def _blocks(self, trace: TraceInfo) -> Iterator[Block]:
         import polars as pl

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from tracekit.checks import Checker, ordered
 from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
-from tracekit.schema import Histogram, IdSpace, Request, TraceMeta, id_dtype
+from tracekit.schema import Histogram, IdSpace, Predictions, Request, TraceMeta, id_dtype
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.config import load_config
 from tracekit.sources.files import fault
 from tracekit.sources.histograms import tokens_of
 from tracekit.sources.mend import Mended, Mends, Stream
 from tracekit.sources.released import released_top_k
+from tracekit.store.ahead import ahead
 from tracekit.store.manifest import (
     MANIFEST,
     SEGMENTS,
@@ -40,7 +41,7 @@ from tracekit.store.manifest import (
     sync_directory,
     write_manifest,
 )
-from tracekit.store.spool import COUNTS, STEPS, Spool, count_columns, step_columns
+from tracekit.store.spool import COUNTS, PREDICTED, STEPS, Spool, count_columns, prediction_columns, step_columns
 
 if TYPE_CHECKING:
     import polars as pl
@@ -211,6 +212,13 @@ class _Given:
                     where=request.where or None,
                     expected=f"[tokens, {layers}, {top_k}] below {experts}",
                 )
+            for p in request.predictions:
+                if p.ids.shape[:2] != ids.shape[:2] or (p.known.any() and int(p.ids[p.known].max()) >= experts):
+                    raise SourceError(
+                        f"request {request.request_id!r} has predictions {list(p.ids.shape)} by {p.predictor!r}",
+                        where=request.where or None,
+                        expected=f"[{len(ids)}, {layers}, m] below {experts}",
+                    )
             yield request
 
 
@@ -312,7 +320,9 @@ def _store_trace(
         base = existing if append else None
         writer, checker = _SegmentWriter(root, source.meta, base), Checker(source.meta, released_top_k(source.meta))
         with writer:
-            for request in source.requests():
+            requests = source.requests()
+            # A trace that is made as it is written stays in this thread: models keep state there.
+            for request in requests if isinstance(source, _Given) else ahead(requests):
                 writer.add(request)
                 checker.add(request)
                 if progress:
@@ -499,6 +509,8 @@ class _SegmentWriter:
     _runs: list[NDArray[np.int64]] = field(default_factory=list)
     _token_ids: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
     _has_weights: bool = False
+    _predicted: int = 0
+    """m of the predictions so far; 0: none."""
 
     def __post_init__(self) -> None:
         self.id = uuid.uuid4().hex
@@ -507,6 +519,7 @@ class _SegmentWriter:
         self._known = _request_ids(self.root, self.base) if self.base else set()
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="tracekit-write")
         self._steps, self._counts = Spool(self.directory / STEPS), Spool(self.directory / COUNTS)
+        self._predictions = Spool(self.directory / PREDICTED)
 
     def __enter__(self) -> _SegmentWriter:
         self.directory.mkdir(parents=True)
@@ -558,6 +571,21 @@ class _SegmentWriter:
         if request.steps is not None:
             for columns in step_columns(index, request.steps, self.meta.layers, self.meta.num_experts):
                 self._steps.add(columns)
+        for predictions in request.predictions:
+            self._add_predictions(index, predictions, positions, request.where)
+
+    def _add_predictions(self, index: int, predictions: Predictions, positions: NDArray[np.int64], where: str) -> None:
+        m = predictions.ids.shape[2]
+        if self._predicted not in (0, m):
+            raise SourceError(
+                f"predictor {predictions.predictor!r} names {m} experts",
+                where=where or None,
+                expected=f"{self._predicted}, as the predictions before it",
+                remedy="Save as many for every predictor and distance",
+            )
+        for columns in prediction_columns(index, predictions, positions, self.meta.layers, self.meta.num_experts):
+            self._predicted = m
+            self._predictions.add(columns)
 
     def _add_counts(self, index: int, histogram: Histogram) -> None:
         request_id, tokens = self._claim(histogram), tokens_of(histogram.counts, self.meta.top_k)
@@ -591,7 +619,7 @@ class _SegmentWriter:
             }
             frame = pl.DataFrame(columns, schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64})
             _write_parquet(frame, self.directory / "tokens.parquet")
-        self._digests += [spool.finish() for spool in (self._steps, self._counts) if spool.rows]
+        self._digests += [spool.finish() for spool in (self._steps, self._counts, self._predictions) if spool.rows]
         for path in self.directory.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -615,6 +643,7 @@ class _SegmentWriter:
             has_weights=self._has_weights,
             has_token_ids=bool(self._token_ids),
             has_steps=bool(self._steps.rows),
+            predicted=self._predicted,
             sources=tuple(sources),
         )
 
