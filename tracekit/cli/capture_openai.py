@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tracekit.cli.group import verb
-from tracekit.cli.options import key_value, mapping
+from tracekit.cli.options import existing_options, label_options, store_option
 from tracekit.cli.output import quiet_option
+from tracekit.cli.reading import progress_bar
 from tracekit.cli.stored import say_stored
 
 
@@ -35,9 +33,7 @@ from tracekit.cli.stored import say_stored
     type=click.Path(path_type=Path),
     help="Prompts: .txt, one a line, or .jsonl with prompt, messages or token_ids, and id and labels; may be repeated.",
 )
-@click.option(
-    "--store", required=True, type=click.Path(path_type=Path), help="Folder of the store; created if need be."
-)
+@store_option
 @click.option("--name", help="Name of the trace. [default: that of the model]")
 @click.option("--model", metavar="NAME", help="The model, as the server calls it. [default: the only one it serves]")
 @click.option(
@@ -54,15 +50,7 @@ from tracekit.cli.stored import say_stored
 )
 @click.option("--num-experts", type=click.IntRange(min=1), help="Routed experts per layer, N.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Routed experts per token, k.")
-@click.option("--label-fields", metavar="A,B", help="Fields of the prompts that make up their label.")
-@click.option(
-    "--label",
-    "labels",
-    multiple=True,
-    metavar="KEY=VALUE",
-    type=key_value,
-    help="A label of every request; may be repeated.",
-)
+@label_options("prompts")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sampling temperature. [default: the server's]")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the first request; each later one has the next.")
@@ -88,19 +76,14 @@ from tracekit.cli.stored import say_stored
 )
 @click.option("--delete-journal", is_flag=True, help="Delete that file when the trace is in the store.")
 @click.option("--skip-failed", is_flag=True, help="Ingest what there is even if some requests failed.")
-@click.option("--append", is_flag=True, help="Add the requests to the trace of this name.")
-@click.option("--force", is_flag=True, help="Replace the trace of this name.")
+@existing_options
 @quiet_option
 def openai(
     url: str,
     prompts: tuple[Path, ...],
     store: Path,
-    label_fields: str | None,
-    labels: tuple[tuple[str, str], ...],
     api_key_env: str | None,
     delete_journal: bool,
-    append: bool,
-    force: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -114,19 +97,13 @@ def openai(
     """
     import tracekit as tk
 
-    if append and force:
-        raise click.UsageError("--append adds to the trace and --force replaces it: give one of them.")
-    with _progress(shown=not quiet and sys.stderr.isatty()) as progress:
+    with progress_bar("capture", shown=not quiet) as progress:
         trace = tk.capture_openai(
             url,
             list(prompts),
             store,
-            label_fields=tuple(label_fields.split(",")) if label_fields else (),
-            labels=mapping(labels, "--label"),
             api_key=None if api_key_env is None else _key(api_key_env),
             keep_journal=not delete_journal,
-            append=append,
-            force=force,
             progress=progress,
             **options,
         )
@@ -140,23 +117,3 @@ def _key(name: str) -> str:
     if not value.isascii() or not value.isprintable():
         raise click.UsageError(f"--api-key-env: {name} holds characters that no key has.")
     return value
-
-
-@contextmanager
-def _progress(*, shown: bool) -> Iterator[Callable[[int, int, int], None] | None]:
-    """Yield what the library reports to: a bar with rate and time left, or nothing."""
-    if not shown:
-        yield None
-        return
-    bar: Any = click.progressbar(length=1, label="capture", file=sys.stderr, item_show_func=_rows)
-    with bar:
-
-        def report(done: int, total: int, rows: int) -> None:
-            bar.length = max(total, 1)
-            bar.update(done - bar.pos, rows)
-
-        yield report
-
-
-def _rows(rows: int | None) -> str:
-    return "" if rows is None else f"{rows:,} tokens"

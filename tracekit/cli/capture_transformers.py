@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tracekit.cli.group import verb
-from tracekit.cli.options import key_value, mapping
+from tracekit.cli.options import existing_options, label_options, store_option
 from tracekit.cli.output import quiet_option
 from tracekit.cli.reading import progress_bar
 from tracekit.cli.stored import say_stored
@@ -32,9 +32,7 @@ from tracekit.cli.stored import say_stored
     help="File of prompts; may be repeated. Text: one a line. .json, .jsonl: strings, or objects with prompt, "
     "messages or token_ids.",
 )
-@click.option(
-    "--store", required=True, type=click.Path(path_type=Path), help="Folder of the store; created if need be."
-)
+@store_option
 @click.option("--name", help="Name of the trace. [default: the last part of MODEL]")
 @click.option("--teacher-forcing", is_flag=True, help="Route the texts in one forward each and generate nothing.")
 @click.option(
@@ -90,27 +88,14 @@ from tracekit.cli.stored import say_stored
     help="Type of the weights; auto: as they were saved.",
 )
 @click.option("--no-tokens", is_flag=True, help="Keep no token ids.")
-@click.option("--label-fields", metavar="A,B", help="Fields of the prompts that make up their label.")
-@click.option(
-    "--label",
-    "labels",
-    multiple=True,
-    metavar="KEY=VALUE",
-    type=key_value,
-    help="A label of every request; may be repeated.",
-)
-@click.option("--append", is_flag=True, help="Add the requests to the trace of this name.")
-@click.option("--force", is_flag=True, help="Replace the trace of this name.")
+@label_options("prompts")
+@existing_options
 @quiet_option
 def transformers(
     model: str,
     prompts: tuple[Path, ...],
     store: Path,
     no_tokens: bool,
-    label_fields: str | None,
-    labels: tuple[tuple[str, str], ...],
-    append: bool,
-    force: bool,
     quiet: bool,
     predict: str | None,
     predict_distance: int | None,
@@ -126,8 +111,6 @@ def transformers(
     """
     from tracekit.capture.transformers import capture_transformers
 
-    if append and force:
-        raise click.UsageError("--append adds to the trace and --force replaces it: give one of them.")
     if options["draft"] is not None and options["teacher_forcing"]:
         raise click.UsageError("--draft generates and --teacher-forcing does not: give one of them.")
     if options["draft"] is not None and options["batch_size"] > 1:
@@ -142,10 +125,6 @@ def transformers(
             token_ids=not no_tokens,
             predict=predict,
             predict_distance=predict_distance or 1,
-            label_fields=tuple(label_fields.split(",")) if label_fields else (),
-            labels=mapping(labels, "--label"),
-            append=append,
-            force=force,
             progress=progress,
             **options,
         )

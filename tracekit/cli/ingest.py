@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tracekit.cli.group import verb
+from tracekit.cli.options import existing_options, store_option
 from tracekit.cli.output import quiet_option
 from tracekit.cli.reading import progress_bar, reading_options
 from tracekit.cli.stored import say_stored
@@ -22,22 +23,18 @@ from tracekit.cli.stored import say_stored
     ],
 )
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--store", required=True, type=click.Path(path_type=Path), help="Folder of the store; created if need be."
-)
+@store_option
 @click.option("--name", help="Name of the trace. [default: that of the first source]")
 @reading_options
-@click.option("--append", is_flag=True, help="Add the requests to the trace of this name.")
-@click.option("--force", is_flag=True, help="Replace the trace of this name.")
+@existing_options
 @quiet_option
 def ingest(
     sources: tuple[Path, ...],
     store: Path,
     name: str | None,
     reading: dict[str, Any],
-    append: bool,
-    force: bool,
     quiet: bool,
+    **existing: Any,
 ) -> int:
     """Read traces of an inference engine into a store.
 
@@ -49,8 +46,6 @@ def ingest(
     """
     import tracekit as tk
 
-    if append and force:
-        raise click.UsageError("--append adds to the trace and --force replaces it: give one of them.")
     with progress_bar("ingest", shown=not quiet) as progress:
-        trace = tk.ingest(list(sources), store, name=name, append=append, force=force, progress=progress, **reading)
+        trace = tk.ingest(list(sources), store, name=name, progress=progress, **existing, **reading)
     return say_stored(store, trace, quiet=quiet)

@@ -56,6 +56,54 @@ def mapping(pairs: Sequence[tuple[str, str]], option: str) -> dict[str, str]:
     return result
 
 
+store_option = click.option(
+    "--store", required=True, type=click.Path(path_type=Path), help="Folder of the store; created if need be."
+)
+
+
+def label_options(entries: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that label requests; the function gets ``label_fields`` as a tuple and ``labels`` as a mapping.
+
+    Parameters
+    ----------
+    entries
+        What the fields belong to, for the help.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option("--label-fields", metavar="A,B", help=f"Fields of the {entries} that make up their label.")
+        @click.option(
+            "--label",
+            "labels",
+            multiple=True,
+            metavar="KEY=VALUE",
+            type=key_value,
+            help="A label of every request; may be repeated.",
+        )
+        @wraps(function)
+        def wrapper(*args: Any, label_fields: str | None, labels: tuple[tuple[str, str], ...], **kwargs: Any) -> Any:
+            fields = tuple(label_fields.split(",")) if label_fields else ()
+            return function(*args, label_fields=fields, labels=mapping(labels, "--label"), **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def existing_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what to do with a trace that is there already: ``--append`` or ``--force``, and not both."""
+
+    @click.option("--append", is_flag=True, help="Add the requests to the trace of this name.")
+    @click.option("--force", is_flag=True, help="Replace the trace of this name.")
+    @wraps(function)
+    def wrapper(*args: Any, append: bool, force: bool, **kwargs: Any) -> Any:
+        if append and force:
+            raise click.UsageError("--append adds to the trace and --force replaces it: give one of them.")
+        return function(*args, append=append, force=force, **kwargs)
+
+    return wrapper
+
+
 def selectors(
     *, by: Sequence[str] = ("layer", "label", "request"), intervals: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

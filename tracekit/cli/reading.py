@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from tracekit.cli.options import key_value, mapping
+from tracekit.cli.options import label_options
 
 
 def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for reading and mending a source; the function gets them as ``reading``."""
-    options = [
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option(
             "--config",
             type=click.Path(path_type=Path),
@@ -32,15 +32,7 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path),
             help="JSON array about the requests, in their order or with a request_id each: labels, prompt lengths.",
         ),
-        click.option("--label-fields", metavar="A,B", help="Fields of the requests that make up their label."),
-        click.option(
-            "--label",
-            "labels",
-            multiple=True,
-            metavar="KEY=VALUE",
-            type=key_value,
-            help="A label of every request; may be repeated.",
-        ),
+        label_options("requests"),
         click.option("--source-format", metavar="NAME", help="Reader to use. [default: detected]"),
         click.option("--axes", metavar="TLK", help="Order of an array's axes: t token, l layer, k rank."),
         click.option(
@@ -64,8 +56,6 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def wrapper(
         *args: Any,
-        label_fields: str | None,
-        labels: tuple[tuple[str, str], ...],
         router_order: str | None,
         layers: str | None,
         **kwargs: Any,
@@ -74,8 +64,6 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
         reading = {name: kwargs.pop(name) for name in _AS_THEY_ARE}
         reading |= {
-            "label_fields": tuple(label_fields.split(",")) if label_fields else (),
-            "labels": mapping(labels, "--label"),
             "router_order": None if router_order is None else router_order == "yes",
             "layers": None if layers is None else parse_layers(layers),
         }
@@ -93,6 +81,8 @@ _AS_THEY_ARE = (
     "top_k",
     "phase",
     "requests",
+    "label_fields",
+    "labels",
     "source_format",
     "axes",
     "id_space",
