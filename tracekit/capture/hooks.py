@@ -21,28 +21,9 @@ from tracekit.capture.dependencies import require
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.schema import id_dtype
 from tracekit.sources.config import ModelConfig, parse_config
+from tracekit.sources.logits import LOGITS_CHOOSE
 
-LOGITS_CHOOSE = frozenset(
-    {
-        "cohere2_moe",
-        "dbrx",
-        "gpt_oss",
-        "granitemoe",
-        "granitemoehybrid",
-        "granitemoeshared",
-        "hunyuan_v1_moe",
-        "jamba",
-        "llama4",
-        "llama4_text",
-        "minimax",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_moe",
-        "qwen3_next",
-    }
-)
+_LOGITS_CHOOSE = LOGITS_CHOOSE | {"granitemoehybrid", "granitemoeshared", "minimax"}
 """Model types whose routers run the k largest of their logits, so that the logits say what ran."""
 
 _CHOOSES_IN_TURN = frozenset({"phimoe"})
@@ -403,7 +384,7 @@ def _from_router(values: list[Any], config: ModelConfig) -> tuple[Any, Any, str]
     if ids is not None:
         others = [value for value in values if tuple(value.shape) == tuple(ids.shape)]
         return ids, _weights(others, ids, config.num_experts), "router"
-    if config.model_type not in LOGITS_CHOOSE:
+    if config.model_type not in _LOGITS_CHOOSE:
         return None, None, "logits"
     # The last one, where there are several: Llama 4 returns (scores, logits), Granite (…, logits).
     logits = [v for v in values if v.dim() >= 2 and v.shape[-1] == config.num_experts and v.is_floating_point()]

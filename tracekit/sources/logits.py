@@ -14,7 +14,7 @@ from tracekit.sources.config import ModelConfig
 
 _CHUNK = 1 << 18
 
-_PLAIN = frozenset(
+LOGITS_CHOOSE = frozenset(
     {
         "cohere2_moe",
         "dbrx",
@@ -60,7 +60,7 @@ def require_plain(config: ModelConfig | None, where: str) -> ModelConfig:
             remedy="Give the model's --config config.json",
         )
     family = config.model_type
-    if family in _PLAIN or (family == "deepseek_v2" and config.topk_method == "greedy"):
+    if family in LOGITS_CHOOSE or (family == "deepseek_v2" and config.topk_method == "greedy"):
         return config
     if family == "deepseek_v2":
         reason = f"with topk_method {config.topk_method!r} limits the choice to groups of experts"
