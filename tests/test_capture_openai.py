@@ -63,6 +63,7 @@ class FakeServer(ThreadingHTTPServer):
         self.replay: dict[str, object] = {}
         self.busy = self.most = 0
         self.lock = threading.Lock()
+        self.together = threading.Barrier(3)
 
     @property
     def url(self) -> str:
@@ -115,9 +116,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault == "slow":
-            time.sleep(1.5)
-        if fault == "pause":
-            time.sleep(0.1)
+            time.sleep(3)
+        if fault == "wait for two more":
+            self.server.together.wait(timeout=30)
         rows = PROMPT + OUTPUT - 1 - (fault == "short")
         replay = self.server.replay
         response = replay[text] if text in replay else self.response(ids_of(text, rows), fault)
@@ -305,7 +306,7 @@ def test_prompts_of_all_kinds_and_their_labels(vllm: FakeServer, config: Path, t
 
 
 def test_requests_run_at_the_same_time(vllm: FakeServer, prompts: Path, config: Path, tmp_path: Path) -> None:
-    vllm.always = "pause"
+    vllm.always = "wait for two more"
     capture(vllm, prompts, tmp_path, concurrency=3)
     assert vllm.most == 3
 
@@ -320,7 +321,7 @@ def test_a_fault_that_passes_leaves_no_trace(
 ) -> None:
     with serving(engine) as server:
         server.faults = {"second": [fault], "fifth": [fault] if fault in ("short", "slow") else [fault] * 2}
-        trace = capture(server, prompts, tmp_path, timeout=0.5)
+        trace = capture(server, prompts, tmp_path, timeout=1.5 if fault == "slow" else 30)
         assert len(server.seen) == len(TEXTS) + (2 if fault in ("short", "slow") else 3)
     assert trace.requests == len(TEXTS)
     assert (routed(tmp_path)["asked-4"] == ids_of("fifth")).all()
@@ -417,7 +418,9 @@ def test_an_interrupted_capture_goes_on_where_it_was(
     assert len(journal.read_text().splitlines()) == 3
     with journal.open("ab") as file:
         file.write(b'{"response": {"choi')  # cut off in the middle of a line
-    time.sleep(0.3)  # the request that was under way ends
+    for thread in threading.enumerate():
+        if thread.name == "tracekit-capture":
+            thread.join()  # the request that was under way ends
     vllm.seen.clear()
     capture(vllm, prompts, tmp_path)
     assert sorted(str(body["prompt"]) for _, body in vllm.seen) == sorted(TEXTS[3:])

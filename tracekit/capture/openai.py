@@ -303,11 +303,11 @@ def _run(
 ) -> list[TracekitError]:
     """Make the requests that are missing from the journal and return the errors of those that failed."""
     waiting: Queue[_Task] = Queue()
-    results: Queue[tuple[_Task, Any]] = Queue()
+    results: Queue[tuple[_Task, Any, bool]] = Queue()
     missing = [task for task in tasks if task.key not in book]
     for task in missing:
         waiting.put(task)
-    stop = threading.Event()
+    stop, arrived = threading.Event(), threading.Event()
 
     def work() -> None:
         while not stop.is_set():
@@ -316,25 +316,33 @@ def _run(
             except Empty:
                 return
             try:
-                results.put((task, _answer(server, task, options, stop)))
+                result = _answer(server, task, options, stop)
+                arrived.set()
+                results.put((task, result, False))
             except BaseException as error:  # every error reaches the caller, who waits for one result a task
-                results.put((task, error))
+                hopeless = _hopeless(error, arrived.is_set())
+                if hopeless:
+                    stop.set()  # here, before the next request: the caller may come to it much later
+                results.put((task, error, hopeless))
 
     done, rows = len(tasks) - len(missing), 0
     failed: list[TracekitError] = []
     if progress:
         progress(done, len(tasks), rows)
     # Daemons: an interrupt does not wait for a server that takes its time.
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(concurrency, len(missing)))]
+    workers = [
+        threading.Thread(target=work, name="tracekit-capture", daemon=True)
+        for _ in range(min(concurrency, len(missing)))
+    ]
     try:
         for worker in workers:
             worker.start()
         for _ in missing:
-            task, result = _next(results)
-            if isinstance(result, TracekitError) and not _hopeless(result, done - len(failed)):
-                failed.append(result)
-            elif isinstance(result, BaseException):
+            task, result, hopeless = _next(results)
+            if hopeless:
                 raise result
+            if isinstance(result, TracekitError):
+                failed.append(result)
             else:
                 response, tokens = result
                 record = {"labels": dict(task.prompt.labels), "request": dict(task.body), "response": response}
@@ -352,12 +360,16 @@ class _UselessError(SourceError):
     """A response came that holds no routing, or none that can be read."""
 
 
-def _hopeless(error: TracekitError, arrived: int) -> bool:
+def _hopeless(error: BaseException, arrived: bool) -> bool:
     """Whether an error will meet every request: a server that has returned good routing once can do it."""
-    return isinstance(error, RefusedError) or (isinstance(error, _UselessError) and not arrived)
+    return (
+        not isinstance(error, TracekitError)
+        or isinstance(error, RefusedError)
+        or (isinstance(error, _UselessError) and not arrived)
+    )
 
 
-def _next(results: Queue[tuple[_Task, Any]]) -> tuple[_Task, Any]:
+def _next(results: Queue[tuple[_Task, Any, bool]]) -> tuple[_Task, Any, bool]:
     """Wait for a result in short steps, so that an interrupt gets through on every platform."""
     while True:
         with contextlib.suppress(Empty):
