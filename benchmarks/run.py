@@ -180,7 +180,7 @@ def library(store: str | Path, *, intervals: bool, rank0: bool = True) -> Measur
     Without ``rank0`` the trace is taken for one that does not keep router order, as most engines' traces do not.
     """
     import tracekit as tk
-    from tracekit.analysis import threads
+    from tracekit.analysis.passes import threads
     from tracekit.metrics.measurement import Measurement
     from tracekit.metrics.state import Spec
 

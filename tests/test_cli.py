@@ -316,7 +316,7 @@ def test_an_interrupt_ends_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tracekit.analysis.load", interrupt)
+    monkeypatch.setattr("tracekit.analysis.routing.load", interrupt)
     assert run(["load", "STORE"], store) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -19,16 +19,16 @@ _PUBLIC = {
     "TraceInfo": "store",
     "TracekitError": "errors",
     "TracekitWarning": "errors",
-    "attribution": "analysis",
-    "autocorr": "analysis",
+    "attribution": "analysis.routing",
+    "autocorr": "analysis.routing",
     "capture_openai": "capture.openai",
     "capture_transformers": "capture.transformers",
     "chart": "reports.charts",
     "check": "checking",
     "ingest": "store",
     "formats": "sources",
-    "load": "analysis",
-    "measure": "analysis",
+    "load": "analysis.routing",
+    "measure": "analysis.routing",
     "model": "sources.catalogue",
     "models": "sources.catalogue",
     "queries": "reports.queries",
@@ -36,15 +36,15 @@ _PUBLIC = {
     "record": "capture.recorder",
     "summary": "reports.queries",
     "synth": "synthetic",
-    "windows": "analysis",
+    "windows": "analysis.routing",
 }
 
 if TYPE_CHECKING:
-    from tracekit.analysis import attribution as attribution
-    from tracekit.analysis import autocorr as autocorr
-    from tracekit.analysis import load as load
-    from tracekit.analysis import measure as measure
-    from tracekit.analysis import windows as windows
+    from tracekit.analysis.routing import attribution as attribution
+    from tracekit.analysis.routing import autocorr as autocorr
+    from tracekit.analysis.routing import load as load
+    from tracekit.analysis.routing import measure as measure
+    from tracekit.analysis.routing import windows as windows
     from tracekit.capture.openai import capture_openai as capture_openai
     from tracekit.capture.recorder import record as record
     from tracekit.capture.transformers import capture_transformers as capture_transformers

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tracekit.analysis import WINDOW
+from tracekit.analysis.wants import WINDOW
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.reports import queries
 from tracekit.reports.rendering import render
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import altair as alt
     import polars as pl
 
-    from tracekit.analysis import StoreLike
+    from tracekit.analysis.ensure import StoreLike
 
     Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart | alt.ConcatChart
 

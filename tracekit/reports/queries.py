@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tracekit.analysis import StoreLike, as_store, ensure, warn_of
+from tracekit.analysis.ensure import StoreLike, as_store, ensure, warn_of
 from tracekit.errors import QueryError, UsageError
 from tracekit.schema import PHASES, Phase
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from tracekit.analysis import WINDOW
+from tracekit.analysis.wants import WINDOW
 from tracekit.reports import modelling
 from tracekit.reports.export import EXPORT_FORMATS, export, plain
 from tracekit.reports.grid import Block, Column, draw, wrap
