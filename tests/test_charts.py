@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import tracekit as tk
 from tracekit.errors import TracekitError, TracekitWarning, UnsupportedError, UsageError
-from tracekit.reports import charts, queries
+from tracekit.reports import charts, drawing, queries
 from tracekit.reports.charts import KINDS, render
 from tracekit.reports.rendering import SUFFIXES
 
@@ -113,7 +113,7 @@ def popularity_frame(layers: int, experts: int, trace: str = "chat") -> pl.DataF
     )
 
 
-def draw(kind: str, trace: str = "chat") -> charts.Chart:
+def draw(kind: str, trace: str = "chat") -> drawing.Chart:
     frames = {
         "windows": windows_frame,
         "batch": windows_frame,
@@ -125,11 +125,11 @@ def draw(kind: str, trace: str = "chat") -> charts.Chart:
     return KINDS[kind].draw(frames[kind](trace))
 
 
-def spec(chart: charts.Chart) -> dict[str, Any]:
+def spec(chart: drawing.Chart) -> dict[str, Any]:
     return json.loads(chart.to_json())
 
 
-def data(chart: charts.Chart) -> list[dict[str, Any]]:
+def data(chart: drawing.Chart) -> list[dict[str, Any]]:
     (rows,) = spec(chart)["datasets"].values()
     return rows
 
@@ -319,15 +319,15 @@ def test_a_chart_is_the_same_every_time(kind: str):
 
 @given(st.lists(st.floats(0, 30), min_size=1, max_size=6), st.floats(0.1, 3))
 def test_names_do_not_cover_each_other(values: list[float], gap: float):
-    placed = charts._apart(values, gap)
+    placed = drawing._apart(values, gap)
     order = sorted(range(len(values)), key=values.__getitem__)
     for a, b in itertools.pairwise(order):
         assert placed[b] - placed[a] >= gap - 1e-6
     assert sum(placed) == pytest.approx(sum(values), abs=1e-6)
-    floored = charts._apart(values, gap, floor=5.0)
+    floored = drawing._apart(values, gap, floor=5.0)
     assert min(floored) >= 5.0
     assert all(floored[b] - floored[a] >= gap - 1e-6 for a, b in itertools.pairwise(order))
-    assert charts._apart([0.0, 9.0], 1.0, floor=5.0) == [5.0, 9.0], "only names that collide move"
+    assert drawing._apart([0.0, 9.0], 1.0, floor=5.0) == [5.0, 9.0], "only names that collide move"
 
 
 # --- whatever things are called ----------------------------------------------------------------

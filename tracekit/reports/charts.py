@@ -7,22 +7,33 @@ field name or an expression. Rows of several traces, phases or groups become one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from tracekit.analysis.wants import WINDOW
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.reports import queries
+from tracekit.reports.drawing import (
+    LINES,
+    Row,
+    finite,
+    heatmap,
+    ladder,
+    line_chart,
+    only,
+    panels_of,
+    require,
+    rounded,
+    waterfall,
+)
 from tracekit.reports.rendering import render
 
 if TYPE_CHECKING:
-    import altair as alt
     import polars as pl
 
     from tracekit.analysis.ensure import StoreLike
-
-    Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart | alt.ConcatChart
+    from tracekit.reports.drawing import Chart
 
 __all__ = [
     "KINDS",
@@ -37,35 +48,6 @@ __all__ = [
     "windows",
 ]
 
-Row = dict[str, Any]
-Panel = tuple[str, list[Row]]
-
-WIDTH, HEIGHT = 480, 300
-PANEL_WIDTH, PANEL_HEIGHT = 300, 200
-"""Size of the plot, and of each plot where there are several."""
-
-LEADER = 14
-"""Width of what leads from a line's end to its name."""
-
-INK, FAINT = "#333333", "#6b6b6b"
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """How a line of a ladder looks: Okabe and Ito's colours, told apart by dashes as well."""
-
-    color: str
-    dash: tuple[int, ...]
-    meaning: str
-
-
-_LINES = {
-    "uniform": _Line("#6b6b6b", (2, 3), "expected if every k-subset were equally likely"),
-    "popularity": _Line("#D55E00", (8, 3), "expected of independent tokens with the trace's popularity"),
-    "label": _Line("#009E73", (8, 3, 2, 3), "expected of independent tokens with the label's popularity"),
-    "request": _Line("#CC79A7", (4, 2), "expected of the request's own tokens in random order"),
-    "observed": _Line("#0072B2", (), "the trace as observed"),
-}
 _CAUSES = {
     "popularity": "popularity (skewed experts)",
     "label": "label (domain)",
@@ -91,17 +73,17 @@ def windows(frame: pl.DataFrame, *, batch_size: int = 1) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    frame = _only(frame, "batch_size", batch_size, "windows", "window", "observed", "expected_uniform")
-    about, panels = _panels(frame, "window")
+    frame = only(frame, "batch_size", batch_size, "windows", "window", "observed", "expected_uniform")
+    about, panels = panels_of(frame, "window")
     data = []
     for title, rows in panels:
         lines = {
             name: [(r["window"], r[f"expected_{name}"], None, None, r) for r in rows] for name in _baselines(frame)
         }
         lines["observed"] = [(r["window"], r["observed"], r["observed_lo"], r["observed_hi"], r) for r in rows]
-        data += _ladder(title, lines, lambda y, r: {"per_top_k": y / k if (k := _top_k(r)) else None})
+        data += ladder(title, lines, lambda y, r: {"per_top_k": y / k if (k := _top_k(r)) else None})
     what = f"Unique experts in {batch_size} windows" if batch_size > 1 else "Unique experts in a verification window"
-    return _line_chart(
+    return line_chart(
         data,
         x=("Window length T (tokens)", "linear"),
         y=("Unique experts" + _mean_over_layers(frame), ".2f"),
@@ -129,21 +111,21 @@ def batch(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
     """
     import polars as pl
 
-    _require(frame, "windows", "window", "batch_size", "reduction_uniform")
+    require(frame, "windows", "window", "batch_size", "reduction_uniform")
     if window is None:
         frame = frame.filter(pl.col("window") <= WINDOW)
         frame = frame.filter(pl.col("window") == pl.col("window").max().over("trace"))
     else:
-        frame = _only(frame, "window", window, "windows")
-    about, panels = _panels(frame, "batch_size")
+        frame = only(frame, "window", window, "windows")
+    about, panels = panels_of(frame, "batch_size")
     data = []
     for title, rows in panels:
         lines = {
             name: [(r["batch_size"], *(r[f"reduction_{name}{end}"] for end in ("", "_lo", "_hi")), r) for r in rows]
             for name in _baselines(frame)
         }
-        data += _ladder(title, lines, lambda _, r: {"observed": r["observed"]}, prefix="vs ")
-    return _line_chart(
+        data += ladder(title, lines, lambda _, r: {"observed": r["observed"]}, prefix="vs ")
+    return line_chart(
         data,
         x=("Batch size B (requests verified together)", "log"),
         y=("Reduction against the baseline", ".1%"),
@@ -167,14 +149,14 @@ def autocorr(frame: pl.DataFrame) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    _require(frame, "autocorr", "lag", "overlap", "expected_uniform")
-    about, panels = _panels(frame)
+    require(frame, "autocorr", "lag", "overlap", "expected_uniform")
+    about, panels = panels_of(frame)
     data = []
     for title, rows in panels:
         lines = {name: [(r["lag"], r[f"expected_{name}"], None, None, r) for r in rows] for name in _baselines(frame)}
         lines["observed"] = [(r["lag"], r["overlap"], r["overlap_lo"], r["overlap_hi"], r) for r in rows]
-        data += _ladder(title, lines, lambda _, r: {"rho": r["rho"]})
-    return _line_chart(
+        data += ladder(title, lines, lambda _, r: {"rho": r["rho"]})
+    return line_chart(
         data,
         x=("Lag d (tokens)", "linear"),
         y=("Overlap (share of the k experts)", ".3f"),
@@ -198,21 +180,21 @@ def layer_lag(frame: pl.DataFrame) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    _require(frame, 'autocorr(by="layer")', "layer", "lag", "overlap", "rho")
-    about, panels = _panels(frame, "layer")
+    require(frame, 'autocorr(by="layer")', "layer", "lag", "overlap", "rho")
+    about, panels = panels_of(frame, "layer")
     data = [
-        {"panel": title, "x": r["lag"], "y": r["layer"], "value": _finite(r["overlap"]), "more": _finite(r["rho"])}
+        {"panel": title, "x": r["lag"], "y": r["layer"], "value": finite(r["overlap"]), "more": finite(r["rho"])}
         for title, rows in panels
         for r in rows
     ]
-    return _heatmap(
+    return heatmap(
         data,
         x="Lag d (tokens)",
         y="Layer",
         value=("Overlap (share of the k experts)", ".3f"),
         more=("ρ against popularity", ".3f"),
         title=("Overlap of the experts of two tokens, by layer", about),
-        labels=_rounded([row["value"] for row in data if row["value"] is not None]),
+        labels=rounded([row["value"] for row in data if row["value"] is not None]),
     )
 
 
@@ -233,21 +215,21 @@ def popularity(frame: pl.DataFrame) -> Chart:
     """
     import polars as pl
 
-    _require(frame, 'query("popularity_by_layer")', "layer", "expert", "popularity", "relative")
+    require(frame, 'query("popularity_by_layer")', "layer", "expert", "popularity", "relative")
     # Every expert has a row and popularity sums to k.
     frame = frame.with_columns(
         num_experts=pl.col("expert").max().over("trace") + 1,
         top_k=pl.col("popularity").sum().over("trace", "phase", "layer").round().cast(pl.Int64),
     )
-    about, panels = _panels(frame, "layer")
+    about, panels = panels_of(frame, "layer")
     data = [
-        {"panel": title, "x": r["expert"], "y": r["layer"], "value": _finite(r["relative"]), "more": r["popularity"]}
+        {"panel": title, "x": r["expert"], "y": r["layer"], "value": finite(r["relative"]), "more": r["popularity"]}
         for title, rows in panels
         for r in rows
     ]
     most = max([1.0, *(row["value"] for row in data if row["value"] is not None)])
     most = math.ceil(most * 10) / 10
-    return _heatmap(
+    return heatmap(
         data,
         x="Expert",
         y="Layer",
@@ -275,13 +257,13 @@ def attribution(frame: pl.DataFrame) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    _require(frame, "attribution", "window", "cause", "unique_before", "unique_after", "share", "resolved")
-    about, panels = _panels(frame)
+    require(frame, "attribution", "window", "cause", "unique_before", "unique_after", "share", "resolved")
+    about, panels = panels_of(frame)
     data = [step for title, rows in panels for step in _steps(title, rows)]
     notes = ["drop in unique experts = share of the whole drop (its 95 % interval)"]
     if not frame["resolved"].all():
         notes.append("not resolved: the interval leaves out the estimate, or the data cannot tell the label from none")
-    return _waterfall(
+    return waterfall(
         data,
         "Unique experts in a window" + _mean_over_layers(frame),
         (
@@ -348,68 +330,12 @@ def chart(store: StoreLike, kind: str, /, **params: Any) -> Chart:
     return found.draw(frame, **queries.find(found.query).bind({k: v for k, v in params.items() if k == found.selects}))
 
 
-# From frame to panels
-
-
-def _require(frame: pl.DataFrame, source: str, *columns: str) -> None:
-    missing = [name for name in ("trace", "phase", *columns) if name not in frame.columns]
-    if missing:
-        raise UsageError(f"a frame without {', '.join(missing)}", expected=f"the frame of tk.{source}")
-    if frame.is_empty():
-        raise UnsupportedError("nothing to draw: the frame has no rows")
-
-
-def _only(frame: pl.DataFrame, column: str, value: int, source: str, *columns: str) -> pl.DataFrame:
-    """Return the rows with one batch size or window length."""
-    _require(frame, source, column, *columns)
-    chosen = frame.filter(frame[column] == value)
-    if chosen.is_empty():
-        held = ", ".join(str(v) for v in frame[column].unique().sort())
-        raise UsageError(f"no rows with {column} = {value}", expected=f"{column} among those of the frame: {held}")
-    return chosen
-
-
 def _baselines(frame: pl.DataFrame) -> list[str]:
-    return [name for name in _LINES if f"expected_{name}" in frame.columns]
+    return [name for name in LINES if f"expected_{name}" in frame.columns]
 
 
 def _lengths(frame: pl.DataFrame) -> str:
     return ", ".join(str(length) for length in frame["window"].unique().sort())
-
-
-def _panels(frame: pl.DataFrame, axis: str = "") -> tuple[str, list[Panel]]:
-    """Return what is true of every row, as one line of text, and the rows of each panel with what sets it apart."""
-    keys = [k for k in ("trace", "phase", "layer", "label", "request_id", "window") if k in frame.columns and k != axis]
-    apart = [k for k in keys if frame[k].n_unique() > 1]
-    first = frame.row(0, named=True)
-    about = [_said(k, first[k]) for k in keys if k not in apart and k != "window"]
-    if "model" in first and "trace" not in apart and first["model"]:
-        about.insert(1, str(first["model"]))
-    if "num_experts" in first and "trace" not in apart:
-        about.append(f"N = {first['num_experts']}, k = {first['top_k']}")
-    if not apart:
-        return " · ".join(about), [("", frame.rows(named=True))]
-    parts = frame.group_by(apart, maintain_order=True)
-    return " · ".join(about), [
-        (" · ".join(_said(k, v) for k, v in zip(apart, values, strict=True)), part.rows(named=True))
-        for values, part in parts
-    ]
-
-
-_LONGEST_NAME = 64
-
-
-def _said(key: str, value: Any) -> str:
-    match key:
-        case "phase":
-            return f"{value} tokens"
-        case "layer":
-            return f"layer {value}"
-        case "window":
-            return f"T = {value}"
-    # A title that the renderer has to cut may be cut inside a character.
-    text = "(none)" if value is None else str(value)
-    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
 def _mean_over_layers(frame: pl.DataFrame) -> str:
@@ -418,231 +344,6 @@ def _mean_over_layers(frame: pl.DataFrame) -> str:
 
 def _top_k(row: Row) -> float | None:
     return row["observed"] / row["per_top_k"] if row["observed"] and row["per_top_k"] else None
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-# Lines
-
-
-def _ladder(
-    panel: str,
-    lines: Mapping[str, Iterable[tuple[int, float | None, float | None, float | None, Row]]],
-    more: Callable[[float, Row], Row],
-    prefix: str = "",
-) -> list[Row]:
-    """Return the points of one panel, each line's last one with the line's name."""
-    data: list[Row] = []
-    for name, points in lines.items():
-        drawn = [point for point in sorted(points, key=lambda p: p[0]) if _finite(point[1]) is not None]
-        for x, y, lo, hi, row in drawn:
-            assert y is not None
-            band = _finite(lo) is not None and _finite(hi) is not None
-            data.append(
-                {
-                    "panel": panel,
-                    "series": name,
-                    "x": x,
-                    "y": y,
-                    "lo": lo if band else None,
-                    "hi": hi if band else None,
-                    "meaning": _LINES[name].meaning,
-                    **more(y, row),
-                }
-            )
-        if drawn:
-            data[-1]["name"] = prefix + name
-    return data
-
-
-def _apart(values: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
-    """Return positions in the order of ``values``, ``gap`` apart and from ``floor`` up, as near to them as may be."""
-
-    def lowest(group: list[int]) -> float:
-        return max(floor, sum(values[i] for i in group) / len(group) - gap * (len(group) - 1) / 2)
-
-    groups: list[list[int]] = []
-    for i in sorted(range(len(values)), key=values.__getitem__):
-        groups.append([i])
-        # Groups that collide become one, around its members' mean.
-        while len(groups) > 1 and lowest(groups[-1]) < lowest(groups[-2]) + gap * len(groups[-2]):
-            last = groups.pop()
-            groups[-1] += last
-    placed = {i: lowest(group) + gap * rank for group in groups for rank, i in enumerate(group)}
-    return [placed[i] for i in range(len(values))]
-
-
-def _line_chart(
-    data: list[Row],
-    *,
-    x: tuple[str, str],
-    y: tuple[str, str],
-    title: tuple[str, str],
-    more: Sequence[tuple[str, str, str]],
-) -> Chart:
-    import altair as alt
-
-    if not data:
-        raise UnsupportedError("nothing to draw: every value is null")
-    panels = list(dict.fromkeys(row["panel"] for row in data))
-    width, height = (WIDTH, HEIGHT) if len(panels) == 1 else (PANEL_WIDTH, PANEL_HEIGHT)
-    top = max(max(row["y"], row["hi"] or 0) for row in data)
-    bottom = min(0, *(min(row["y"], row["lo"] or 0) for row in data))
-    at = sorted({row["x"] for row in data})
-    # Room for the lines' names to the right of the last point.
-    room = (85 + LEADER) / width
-    if x[1] == "log":
-        end = at[-1] * (at[-1] / at[0] + 1) ** (room / (1 - room))
-        scale = alt.Scale(type="log", base=2, domain=[at[0], end])
-    else:
-        end = at[-1] + max(1, at[-1] - at[0]) * room / (1 - room)
-        scale = alt.Scale(domain=[at[0], end], nice=False, zero=False)
-    for panel in panels:
-        rows = [row for row in data if row["panel"] == panel]
-        named = [row for row in rows if "name" in row]
-        last = max(row["x"] for row in rows)
-        beside = last * (end / at[0]) ** (LEADER / width) if x[1] == "log" else last + (end - at[0]) * LEADER / width
-        gap = 15 / height * (top - bottom)
-        places = _apart([row["y"] for row in named], gap, bottom + gap / 2)
-        for row, place in zip(named, places, strict=True):
-            led = row["x"] < last or abs(place - row["y"]) > gap / 4
-            row |= {"name_x": beside, "name_y": place, "led": led}
-    for row in data:
-        # A null interval would be shown as zeros by a tooltip's number format.
-        row["interval"] = "none" if row["lo"] is None else f"{row['lo']:{y[1]}} to {row['hi']:{y[1]}}"
-
-    series = [name for name in _LINES if any(row["series"] == name for row in data)]
-    axis = alt.Axis(values=_ticks(at, width), format="d", grid=False, labelFlush=False)
-    base = alt.Chart().encode(
-        x=alt.X("x:Q", title=x[0], scale=scale, axis=axis),
-        color=alt.Color(
-            "series:N",
-            scale=alt.Scale(domain=series, range=[_LINES[s].color for s in series]),
-            legend=None,
-        ),
-    )
-    vertical = alt.Y(
-        "y:Q",
-        title=y[0],
-        scale=alt.Scale(domain=[bottom, top * 1.05]),
-        axis=alt.Axis(format="%" if "%" in y[1] else "~g", tickCount=6),
-    )
-    tooltip = [
-        alt.Tooltip("series:N", title="line"),
-        alt.Tooltip("meaning:N"),
-        alt.Tooltip("x:Q", title=x[0], format="d"),
-        alt.Tooltip("y:Q", title=y[0], format=y[1]),
-        alt.Tooltip("interval:N", title="95 % interval"),
-        *(alt.Tooltip(f"{field}:Q", title=name, format=fmt) for field, name, fmt in more),
-    ]
-    dash = alt.StrokeDash(
-        "series:N", scale=alt.Scale(domain=series, range=[list(_LINES[s].dash) or [1, 0] for s in series]), legend=None
-    )
-    layers: list[alt.Chart] = []
-    banded = any(row["lo"] is not None for row in data)
-    if banded:
-        layers.append(
-            base.transform_filter("isValid(datum.lo)")
-            .mark_area(opacity=0.18)
-            .encode(y=vertical, y2="hi:Q")
-            .encode(y=alt.Y("lo:Q", title=y[0]))
-        )
-    # Where points stand close, those of the baselines are there for their tooltips only.
-    crowded = len(at) > 12
-    hidden = alt.condition("datum.series === 'observed'", alt.value(1), alt.value(0)) if crowded else alt.value(1)
-    layers += [
-        base.mark_line(strokeWidth=2.2).encode(y=vertical, strokeDash=dash),
-        base.mark_point(filled=True, size=42).encode(y=vertical, opacity=hidden, tooltip=tooltip),
-        base.transform_filter("datum.led").mark_rule(opacity=0.6).encode(y=vertical, x2="name_x:Q", y2="name_y:Q"),
-        base.transform_filter("isValid(datum.name)")
-        .mark_text(align="left", dx=3, fontSize=12)
-        .encode(x="name_x:Q", y=alt.Y("name_y:Q", title=y[0]), text="name:N"),
-    ]
-    subtitles = (*title, "shaded: 95 % interval") if banded else title
-    return _page(_panelled(alt.LayerChart(layer=layers), data, panels, width, height), subtitles)
-
-
-def _ticks(values: Sequence[int], width: int) -> list[int]:
-    """Return as many of the values as have room for their numbers: the first, the last and every n-th."""
-    most = max(2, width // 34)
-    if len(values) <= most:
-        return list(values)
-    step = next(s for m in range(8) for s in (10**m, 2 * 10**m, 4 * 10**m, 5 * 10**m) if len(values) <= most * s)
-    round_ones = [v for v in values if v % step == 0]
-    # The first one too, unless its number would run into the next.
-    return [values[0], *round_ones] if 2 * (round_ones[0] - values[0]) > step else round_ones
-
-
-# Heatmaps
-
-
-def _heatmap(
-    data: list[Row],
-    *,
-    x: str,
-    y: str,
-    value: tuple[str, str],
-    more: tuple[str, str],
-    title: tuple[str, str],
-    labels: Sequence[float],
-    kind: Literal["linear", "sqrt"] = "linear",
-) -> Chart:
-    """Return a heatmap for each panel, cells of one height; ``labels`` of the colours include their ends."""
-    import altair as alt
-
-    panels = list(dict.fromkeys(row["panel"] for row in data))
-    color = alt.Color(
-        "value:Q",
-        title=value[0],
-        scale=alt.Scale(scheme="viridis", type=kind, domain=[labels[0], labels[-1]], nice=False),
-        legend=alt.Legend(
-            orient="bottom",
-            direction="horizontal",
-            gradientLength=WIDTH // 2,
-            titleLimit=0,
-            format=".3~g",
-            values=list(labels),
-        ),
-    )
-    tallest = max(len({row["y"] for row in data if row["panel"] == panel}) for panel in panels)
-    cell = min(max(4, WIDTH // tallest), 14)
-    charts = []
-    for panel in panels:
-        rows = [row for row in data if row["panel"] == panel]
-        across, down = (sorted({row[field] for row in rows}) for field in ("x", "y"))
-        # Cells of whole pixels: others leave seams.
-        width = len(across) * max(1, (WIDTH if len(panels) == 1 else PANEL_WIDTH) // len(across))
-        height = len(down) * cell
-        cells = alt.Chart().properties(data=_values(rows), width=width, height=height).mark_rect()
-        cells = cells.encode(
-            x=alt.X("x:O", title=x, axis=alt.Axis(values=_ticks(across, width), labelAngle=0)),
-            y=alt.Y("y:O", title=y, axis=alt.Axis(values=_ticks(down, 2 * height))),
-            color=color,
-            tooltip=[
-                alt.Tooltip("y:O", title=y),
-                alt.Tooltip("x:O", title=x),
-                alt.Tooltip("value:Q", title=value[0], format=value[1]),
-                alt.Tooltip("more:Q", title=more[0], format=more[1]),
-            ],
-        )
-        charts.append(cells)
-    if len(panels) == 1:
-        return _page(charts[0], title)
-    for chart, panel in zip(charts, panels, strict=True):
-        chart.title = alt.Title(panel, fontSize=13, fontWeight="normal", frame="group", offset=8, limit=PANEL_WIDTH)
-    return _page(alt.concat(*charts, columns=2), title)
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    """Return round numbers from below the least of the values to above the largest."""
-    low, high = min(values), max(values)
-    step = _step(low, high)
-    return [round(step * i, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-# The waterfall
 
 
 def _steps(panel: str, rows: Sequence[Row]) -> list[Row]:
@@ -680,124 +381,3 @@ def _steps(panel: str, rows: Sequence[Row]) -> list[Row]:
         {"panel": panel, "interval": "none", **step, "next": after}
         for step, after in zip(steps, following, strict=True)
     ]
-
-
-def _waterfall(data: list[Row], axis_title: str, title: tuple[str, ...]) -> Chart:
-    import altair as alt
-
-    panels = list(dict.fromkeys(row["panel"] for row in data))
-    low, high = min(min(r["from"], r["to"]) for r in data), max(max(r["from"], r["to"]) for r in data)
-    left = low - 0.05 * ((high - low) or 1.0)
-    width = WIDTH - 110
-    span = 0.0
-    for row in data:
-        row["right"] = max(row["from"], row["to"])
-        # Room for the text to the right of the bar, at 6.4 units a letter.
-        room = min(0.9, (10 + 6.4 * len(row["text"])) / width)
-        span = max(span, (row["right"] - left) / (1 - room))
-    kinds = {**{name: line.color for name, line in _LINES.items()}, "token_order": "#0072B2"}
-    base = alt.Chart().encode(
-        y=alt.Y("step:N", sort=None, title=None, axis=alt.Axis(labelLimit=240, ticks=False, domain=False)),
-        tooltip=[
-            alt.Tooltip("step:N", title="step"),
-            alt.Tooltip("from:Q", title="unique experts before", format=".3f"),
-            alt.Tooltip("to:Q", title="unique experts after", format=".3f"),
-            alt.Tooltip("text:N", title="drop"),
-            alt.Tooltip("interval:N", title="95 % interval of the share"),
-        ],
-    )
-    across = alt.X(
-        "from:Q",
-        title=axis_title,
-        scale=alt.Scale(domain=[left, left + span], nice=False, zero=False),
-        axis=alt.Axis(values=_between(low, high), grid=False, titleAnchor="start", format="~g"),
-    )
-    color = alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=list(kinds.values())), legend=None)
-    ends = alt.FieldOneOfPredicate(field="kind", oneOf=["uniform", "observed"])
-    layers = [
-        base.transform_filter("isValid(datum.next)")
-        .mark_rule(strokeDash=[2, 2], color="#999999")
-        .encode(x=alt.X("to:Q", title=axis_title), y2="next:N"),
-        base.mark_bar(height=20).encode(x=across, x2="to:Q", color=color),
-        base.transform_filter(ends).mark_tick(thickness=4, size=24, opacity=1).encode(x=across, color=color),
-        base.mark_text(align="left", dx=8, fontSize=12, color=INK).encode(
-            x=alt.X("right:Q", title=axis_title), text="text:N"
-        ),
-    ]
-    return _page(_panelled(alt.LayerChart(layer=layers), data, panels, width, 200, own_scales=True), title)
-
-
-def _between(low: float, high: float) -> list[float]:
-    """Return at most six round numbers from ``low`` to ``high``."""
-    step = _step(low, high)
-    return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _step(low: float, high: float) -> float:
-    """Return the distance of at most six round numbers between two values."""
-    span = (high - low) or 1.0
-    unit = 10.0 ** math.floor(math.log10(span / 6))
-    return next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= 6)
-
-
-# The page
-
-
-def _values(data: list[Row]) -> dict[str, list[Row]]:
-    """Return data for a chart."""
-    # Data given as values are not subject to Altair's limit on rows, which is a global setting.
-    # As a mapping they are not checked row by row either, which takes 20 s for 92 layers of 512 experts.
-    return {"values": [{k: v for k, v in row.items() if v is not None} for row in data]}
-
-
-def _panelled(
-    body: alt.LayerChart, data: list[Row], panels: Sequence[str], width: int, height: int, *, own_scales: bool = False
-) -> Chart:
-    """Return the plot with its data, in panels where there are several: side by side if they share their scales."""
-    import altair as alt
-
-    body = body.properties(width=width, height=height)
-    if len(panels) == 1:
-        return body.properties(data=_values(data))
-    header = alt.Header(title=None, labelFontSize=13, labelColor=INK, labelLimit=width, labelAnchor="start")
-    facet = alt.Facet("panel:N", sort=list(panels), header=header)
-    facets = body.facet(facet=facet, columns=1 if own_scales else 2, data=_values(data))
-    resolved: Chart = (
-        facets.resolve_scale(x="independent", y="independent") if own_scales else facets.resolve_axis(x="independent")
-    )
-    return resolved
-
-
-def _page(page: Chart, title: tuple[str, ...]) -> Chart:
-    """Put a title on a chart and give it the look of all."""
-    import altair as alt
-
-    page = page.properties(title=alt.Title(title[0], subtitle=list(title[1:])))
-    styled: Chart = (
-        page.configure(background="white", font="Helvetica, Arial, sans-serif", padding=10)
-        .configure_view(stroke=None)
-        .configure_axis(
-            labelFontSize=12,
-            titleFontSize=13,
-            titleFontWeight="normal",
-            titlePadding=8,
-            gridColor="#e8e8e8",
-            domainColor="#999999",
-            tickColor="#999999",
-            labelColor=INK,
-            titleColor=INK,
-        )
-        .configure_legend(
-            labelFontSize=12, titleFontSize=12.5, titleFontWeight="normal", labelColor=INK, titleColor=INK
-        )
-        .configure_title(
-            anchor="start",
-            fontSize=16,
-            subtitleFontSize=12.5,
-            subtitleColor=FAINT,
-            color=INK,
-            offset=12,
-            limit=WIDTH + 140,
-        )
-    )
-    return styled

@@ -11,7 +11,7 @@ from tracekit.errors import UsageError
 from tracekit.reports.files import check_writable, write
 
 if TYPE_CHECKING:
-    from tracekit.reports.charts import Chart
+    from tracekit.reports.drawing import Chart
 
 SUFFIXES = (".html", ".png", ".svg", ".pdf", ".json")
 """What ``render`` writes, by suffix of the file."""
