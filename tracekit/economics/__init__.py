@@ -1,0 +1,1 @@
+"""What routing is worth: models of hardware and time, from numbers to numbers."""
