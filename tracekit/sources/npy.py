@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
+import os
 import struct
 import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +27,9 @@ _DEFLATE_LIMIT = 1032
 """No deflate stream expands further than this."""
 _BOMB_RATIO = 200
 """Routing ids never compress this well; only looked at for big members."""
+_LENGTH = {(1, 0): "<H", (2, 0): "<I"}
+"""How each version writes the length of its header."""
+_LONGEST_HEADER = 1 << 16
 _PIECE = 1 << 22
 _MOST_AXES = 64
 
@@ -53,15 +59,12 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
         If this is no npy file, needs unpickling, or its shape is not what the bytes hold.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            version = npy_format.read_magic(file)
-            if version == (1, 0):
-                shape, fortran, dtype = npy_format.read_array_header_1_0(file)
-            elif version == (2, 0):
-                shape, fortran, dtype = npy_format.read_array_header_2_0(file)
-            else:
-                raise SourceError(f"is npy version {version}", where=where, expected="version 1.0 or 2.0")
+        version = npy_format.read_magic(file)
+        if version not in _LENGTH:
+            raise SourceError(f"is npy version {version}", where=where, expected="version 1.0 or 2.0")
+        length = file.read(struct.calcsize(_LENGTH[version]))
+        text = file.read(min(struct.unpack(_LENGTH[version], length)[0], _LONGEST_HEADER))
+        shape, fortran, dtype = _parse_header(version, length + text)
     except SourceError:
         raise
     except Exception as error:  # a hostile header makes numpy's parser raise nearly anything
@@ -91,12 +94,20 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
     return header
 
 
+@lru_cache(maxsize=64)
+def _parse_header(version: tuple[int, int], text: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, Fortran order and type; a folder of arrays has the same header again and again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        return read(io.BytesIO(text))
+
+
 def map_npy(path: Path) -> NDArray[Any]:
     """Memory-map a ``.npy`` file."""
-    size = file_size(path)
     with reading(str(path)), path.open("rb") as file:
-        header = read_header(file, size, str(path))
-    return _map(path, header, header.offset)
+        header = read_header(file, os.fstat(file.fileno()).st_size, str(path))
+        return _map(file, header, header.offset)
 
 
 def npy_shape(path: Path) -> tuple[int, ...]:
@@ -114,14 +125,12 @@ def parse_npy(data: bytes, where: str) -> NDArray[Any]:
     return array.reshape(header.shape, order="F" if header.fortran else "C")
 
 
-def _map(path: Path, header: Header, offset: int) -> NDArray[Any]:
+def _map(file: IO[bytes], header: Header, offset: int) -> NDArray[Any]:
     if not header.nbytes:
         return np.empty(header.shape, header.dtype)
-    with reading(str(path)):
-        mapped: NDArray[Any] = np.memmap(
-            path, header.dtype, "r", offset, header.shape, order="F" if header.fortran else "C"
-        )
-        return np.asarray(mapped)
+    # Not np.memmap, which resolves the path each time: many requests are small files.
+    mapped = mmap.mmap(file.fileno(), offset + header.nbytes, access=mmap.ACCESS_READ)
+    return np.ndarray(header.shape, header.dtype, mapped, offset, order="F" if header.fortran else "C")
 
 
 class Member:
@@ -164,7 +173,9 @@ class Member:
     def load(self) -> NDArray[Any]:
         """Return the whole array; to be called once."""
         if self._info.compress_type == zipfile.ZIP_STORED:
-            return _map(self.path, self.header, stored_offset(self.path, self._info, self.where) + self.header.offset)
+            offset = stored_offset(self.path, self._info, self.where) + self.header.offset
+            with reading(self.where), self.path.open("rb") as file:
+                return _map(file, self.header, offset)
         self._refuse_bomb()
         flat = self._unpack(math.prod(self.shape))
         return flat.reshape(self.shape, order="F" if self.header.fortran else "C")
