@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tracekit as tk
+from tracekit.capture.default_vectors import DefaultVectors
 from tracekit.capture.prompts import read_prompts
 from tracekit.capture.speculative import Sampling, draw, verify
 from tracekit.capture.transformers import Run
@@ -68,6 +70,10 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         (["--predict", "oracle"], "next-gate"),
         (["--predict-distance", "2"], "give --predict too"),
         (["--predict", "next-gate", "--predict-distance", "0"], "predict-distance"),
+        (["--predict", "next-gate", "--default-vectors", "v.npz"], "give --predict quasi-hidden too"),
+        (["--save-default-vectors", "v.npz"], "give --predict quasi-hidden too"),
+        (["--predict", "quasi-hidden", "--default-vectors", "v", "--calibration-share", "1"], "give it alone"),
+        (["--predict", "quasi-hidden", "--calibration-share", "0"], "calibration-share"),
     ],
 )
 def test_options_that_cannot_be_are_usage_errors(
@@ -88,8 +94,8 @@ def test_options_that_cannot_be_are_usage_errors(
         {"top_p": 0.0},
         {"draft_tokens": 2, "batch_size": 2},
         {"draft_tokens": 2, "teacher_forcing": True},
-        {"predict": "oracle"},
-        {"predict": "next-gate", "predict_distance": 0},
+        {"predict": ("oracle",)},
+        {"predict": ("next-gate",), "predict_distance": 0},
     ],
 )
 def test_a_run_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
@@ -217,6 +223,89 @@ def test_sampled_acceptance_leaves_the_models_distribution() -> None:
 def test_a_draw_has_a_positive_probability(weights: list[float], seed: int) -> None:
     p = np.array(weights) / sum(weights)
     assert p[draw(p, np.random.default_rng(seed))] > 0
+
+
+def default_vectors(**changed: Any) -> dict[str, Any]:
+    """Arrays of a file of default vectors: two layers, three experts, four elements."""
+    arrays = {
+        "vectors": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        "tokens": np.array([[5, 0, 1], [2, 2, 2]]),
+        "layers": np.array([1, 3]),
+    } | changed
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def test_default_vectors_come_back_from_their_file(tmp_path: Path) -> None:
+    arrays = default_vectors()
+    held = DefaultVectors((1, 3), arrays["vectors"], arrays["tokens"])
+    held.save(tmp_path / "v.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["v.npz"]
+    with np.load(tmp_path / "v.npz", allow_pickle=False) as file:
+        assert {name: file[name].tolist() for name in file} == {n: a.tolist() for n, a in arrays.items()}
+    read = DefaultVectors.read(tmp_path / "v.npz")
+    assert read.layers == (1, 3)
+    np.testing.assert_array_equal(read.vectors, held.vectors)
+    np.testing.assert_array_equal(read.tokens, held.tokens)
+    assert read.described == {"activations": 6, "experts": 6, "without_tokens": 1}
+    with pytest.raises(SourceError, match=r"v\.npz: is there already.*--default-vectors"):
+        held.save(tmp_path / "v.npz")
+    with pytest.raises(SourceError, match="cannot be written"):
+        held.save(tmp_path / "no folder" / "v.npz")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokens": None}, "has no array 'tokens'; expected default vectors"),
+        ({"vectors": np.zeros((2, 3, 4), np.int8)}, r"v\.npz\[vectors\]: is int8 of shape \(2, 3, 4\)"),
+        ({"vectors": np.zeros((2, 3))}, r"is float64 of shape \(2, 3\); expected floats of 3 axes"),
+        ({"vectors": np.zeros((2, 4, 4))}, r"has vectors \(2, 4, 4\), tokens \(2, 3\) and 2 layers"),
+        ({"layers": np.array([1, 2, 3])}, "and 3 layers"),
+        ({"layers": np.array([3, 1])}, r"has the layers \[3, 1\]"),
+        ({"layers": np.array([-1, 1])}, r"has the layers \[-1, 1\]"),
+        ({"vectors": np.full((2, 3, 4), np.nan)}, "not finite"),
+        ({"vectors": np.zeros((2, 3, 0))}, r"has vectors \(2, 3, 0\)"),
+        ({"vectors": np.full((2, 3, 4), None)}, "Python objects"),
+    ],
+)
+def test_what_are_no_default_vectors_is_said(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "v.npz", **default_vectors(**changed))
+    with pytest.raises(SourceError, match=message):
+        DefaultVectors.read(tmp_path / "v.npz")
+
+
+@given(places=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_default_vectors_are_an_error_or_default_vectors(
+    places: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    np.savez(path, **default_vectors())
+    content = bytearray(path.read_bytes())
+    for at, byte in places:
+        content[at % len(content)] = byte
+    path.write_bytes(content)
+    try:
+        read = DefaultVectors.read(path)
+    except TracekitError:
+        return
+    assert read.vectors.shape[:2] == read.tokens.shape == (len(read.layers), read.tokens.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predict": "next-gate", "default_vectors": "v.npz"}, "which nothing needs"),
+        ({"predict": "quasi-hidden", "default_vectors": "a", "save_default_vectors": "b"}, "one of the two"),
+        ({"predict": ["next-gate", "quasi-hidden"], "calibration_share": 0}, "calibration_share is 0"),
+    ],
+)
+def test_default_vectors_that_cannot_be_are_refused_before_the_model_is_loaded(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, type(sys)(name))
+    with pytest.raises(UsageError, match=message):
+        tk.capture_transformers("some/model", tmp_path / "p.txt", tmp_path / "s", **options)
 
 
 def requests(count: int, ids: np.ndarray | None = None) -> list[Request]:

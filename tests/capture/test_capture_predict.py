@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tracekit as tk
+from tracekit.capture.ahead import ahead
 from tracekit.capture.hooks import tapped
 from tracekit.capture.recorder import record
 from tracekit.capture.speculative import Sampling, speculate
@@ -63,7 +64,7 @@ def test_the_command_predicts_as_the_stored_captures(models: Path, shared: Path,
         expected = held_out[request][f"predicted{distance}"][:, layer]
         np.testing.assert_array_equal(np.sort(np.array(rows["predicted"].to_list())), np.sort(expected))
     capture = store.trace().meta.extra["capture"]
-    assert (capture["predict"], capture["predict_distance"]) == ("next-gate", 2)
+    assert (capture["predict"], capture["predict_distance"]) == (["next-gate"], 2)
 
 
 def test_generation_predicts_as_the_stored_captures(olmoe: Any, shared: Path) -> None:
@@ -83,7 +84,7 @@ def test_speculation_predicts_for_the_rows_that_were_kept(olmoe: Any, models: Pa
     (z,) = stored(shared, "prefill", 1)
     prompt = z["token_ids"][:40].tolist()
     with torch.inference_mode():
-        with tapped(olmoe, distance=1) as taps:
+        with tapped(olmoe, ahead=ahead("next-gate")) as taps:
             done = speculate(
                 olmoe,
                 draft,

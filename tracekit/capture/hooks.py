@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.capture.ahead import Ahead, Ask, Stream, streams
 from tracekit.capture.dependencies import require
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.schema import id_dtype
@@ -49,8 +50,14 @@ class _Block:
     """What the router was given, where experts are predicted."""
     asked: Any = None
     """``[rows, k]`` experts that the router chose by itself, to be held against what ran."""
-    predicted: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    """By distance: ids and, where the router gives them, weights ``[rows, k]``."""
+    predicted: dict[Ask, tuple[Any, Any]] = field(default_factory=dict)
+    """By predictor and distance: ids and, where the router gives them, weights ``[rows, k]``."""
+    stream: Stream | None = None
+    """The residual stream around it, where quasi-hidden states are formed."""
+
+    def ran(self) -> tuple[Any, Any]:
+        """Return the ids and weights ``[rows, k]`` that its experts were given, None for what they were not."""
+        return self.ids, self.weights
 
 
 @dataclass(slots=True)
@@ -62,7 +69,7 @@ class Rows:
     weights: NDArray[np.float32] | None
     """``[rows, layers, k]``, aligned with ``ids``."""
     predicted: NDArray[np.unsignedinteger[Any]] | None = None
-    """``[rows, distances, layers, k]`` what the routers said 1, 2, … MoE layers before, where that is asked for; of the
+    """``[rows, asks, layers, k]`` what was predicted, in the order of `Taps.asks`, where that is asked for; of the
     first layers, which have too few before them, nothing that counts."""
 
 
@@ -78,14 +85,14 @@ class Taps:
         Its MoE layers, by layer number.
     model_name
         For messages.
-    distance
-        How many MoE layers ahead the next gates are asked; 0: not at all.
+    ahead
+        What is predicted.
     """
 
     config: ModelConfig
     blocks: list[_Block]
     model_name: str
-    distance: int = 0
+    ahead: Ahead = field(default_factory=Ahead)
     ordered: bool | None = None
     """Whether rank 0 is the router's first choice; None before the first forward, or where nothing says so."""
     _sources: set[str] = field(default_factory=set)
@@ -94,6 +101,11 @@ class Taps:
     def layers(self) -> tuple[int, ...]:
         """Numbers of the MoE layers, ascending."""
         return tuple(block.layer for block in self.blocks)
+
+    @property
+    def asks(self) -> tuple[Ask, ...]:
+        """What `Rows.predicted` holds: predictors, and MoE layers ahead."""
+        return self.ahead.asks
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -111,6 +123,8 @@ class Taps:
             block.ids = block.weights = block.routed = block.entered = block.asked = None
             block.predicted.clear()
             block.calls = 0
+            if block.stream is not None:
+                block.stream.clear()
 
     def take(self, rows: int) -> Rows:
         """Return what the last forward routed, and forget it.
@@ -133,7 +147,7 @@ class Taps:
                 ids.append(found[0].cpu().numpy())
                 if found[1] is not None:
                     weights.append(found[1].cpu().numpy())
-            predicted = self._predicted(rows) if self.distance else None
+            predicted = self._predicted(rows) if self.asks else None
         finally:
             self.clear()
         if len({array.shape for array in ids}) > 1:
@@ -146,18 +160,18 @@ class Taps:
         return taken
 
     def _predicted(self, rows: int) -> tuple[NDArray[np.unsignedinteger[Any]], list[NDArray[Any]]]:
-        """Return ``[rows, distances, layers, k]`` predictions, and by layer what the routers chose by themselves."""
+        """Return ``[rows, asks, layers, k]`` predictions, and by layer what the routers chose by themselves."""
         asked = [block.asked for block in self.blocks]
         if any(ids is None or ids.shape[0] != rows for ids in asked):
             raise self.not_asked("its router does not say by itself which experts it would choose")
-        out = np.zeros((rows, self.distance, len(self.blocks), asked[0].shape[1]), id_dtype(self.config.num_experts))
+        out = np.zeros((rows, len(self.asks), len(self.blocks), asked[0].shape[1]), id_dtype(self.config.num_experts))
         for entry, block in enumerate(self.blocks):
-            for distance, (ids, weights) in block.predicted.items():
+            for ask, (ids, weights) in block.predicted.items():
                 ids = ids.cpu().numpy()
                 if weights is not None and self.config.model_type not in _CHOOSES_IN_TURN:
                     order = np.argsort(-weights.cpu().numpy(), axis=1, kind="stable")
                     ids = np.take_along_axis(ids, order, 1)
-                out[:, distance - 1, entry] = ids
+                out[:, self.asks.index(ask), entry] = ids
         return out, [ids.cpu().numpy() for ids in asked]
 
     def _check_asked(self, ran: NDArray[Any], asked: list[NDArray[Any]]) -> None:
@@ -169,7 +183,7 @@ class Taps:
     def not_asked(self, why: str) -> UnsupportedError:
         """Return the error that says why nothing can be predicted."""
         return UnsupportedError(
-            f"the next gate of {self.model_name} cannot be asked: {why}",
+            f"the next router of {self.model_name} cannot be asked: {why}",
             expected="a router that returns the experts it chooses",
             remedy="Leave out the predictions",
         )
@@ -220,25 +234,25 @@ class Taps:
 
 
 @contextmanager
-def tapped(model: Any, *, distance: int = 0) -> Iterator[Taps]:
+def tapped(model: Any, *, ahead: Ahead | None = None) -> Iterator[Taps]:
     """Keep hooks on the MoE layers of a model.
 
     Parameters
     ----------
     model
         A transformers model with routed experts.
-    distance
-        How many MoE layers ahead the next gates are asked what they would choose, from the input of the gate that
-        runs; 0: not at all.
+    ahead
+        What to predict of later layers, if anything.
 
     Raises
     ------
     UnsupportedError
         The model has no MoE layers that can be hooked, or they cannot be told apart.
     UsageError
-        It is no such model.
+        It is no such model, or what to predict does not fit it.
     """
     require("torch")
+    ahead = Ahead() if ahead is None else ahead
     if not hasattr(model, "named_modules") or not hasattr(model, "config"):
         raise UsageError(f"a {type(model).__name__}", expected="a transformers model")
     name = type(model).__name__
@@ -255,22 +269,21 @@ def tapped(model: Any, *, distance: int = 0) -> Iterator[Taps]:
             where=name,
             expected="a module named experts in each",
         )
-    if distance >= len(blocks):
-        raise UsageError(
-            f"predictions {distance} MoE layers ahead in a model of {len(blocks)}",
-            expected=f"at most {len(blocks) - 1}",
-        )
-    taps = Taps(config, blocks, name, distance)
+    taps = Taps(config, blocks, name, ahead)
+    ahead.check(taps.layers, config.num_experts, name)
     with ExitStack() as hooks:
-        for block in blocks:
+        for block, stream in zip(blocks, streams(ahead.vectors, taps.layers, name), strict=True):
+            block.stream = stream
+            if stream is not None:
+                hooks.enter_context(stream.watch(modules, block.name, block.ran))
             for child in (*_EXPERTS, *_ROUTERS):
                 module = modules.get(f"{block.name}.{child}" if block.name else child)
                 if module is not None and child == "experts":
                     handle = module.register_forward_pre_hook(_experts_hook(block, config), with_kwargs=True)
                     hooks.callback(handle.remove)
                 elif module is not None and child in _ROUTERS:
-                    hook = _asking_hook(taps, block) if distance else _router_hook(block)
-                    hooks.callback(module.register_forward_hook(hook, with_kwargs=bool(distance)).remove)
+                    hook = _asking_hook(taps, block) if taps.asks else _router_hook(block)
+                    hooks.callback(module.register_forward_hook(hook, with_kwargs=bool(taps.asks)).remove)
         yield taps
 
 
@@ -305,9 +318,11 @@ def _blocks(modules: Mapping[str, Any], model_name: str) -> list[_Block]:
 def _experts_hook(block: _Block, config: ModelConfig) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         block.calls += 1
-        ids, after = _index([*args, *kwargs.values()])
-        if ids is not None:
-            block.ids, block.weights = ids, _weights(after, ids, config.num_experts)
+        given = [*args, *kwargs.values()]
+        at, weighting = places(given, config.num_experts)
+        if at is not None:
+            block.ids = _copied(given[at])
+            block.weights = None if weighting is None else _weights(given[weighting], block.ids)
             block.routed = None  # logits of a long prompt are large and no longer needed
 
     return hook  # returns None: a value would replace the module's input
@@ -321,7 +336,7 @@ def _router_hook(block: _Block) -> Any:
 
 
 def _asking_hook(taps: Taps, block: _Block) -> Any:
-    """Return a hook that also asks the router, when it runs, about the inputs of the routers before it."""
+    """Return a hook that also asks the router, when it runs, about what was known in the layers before it."""
     keep = _router_hook(block)
     entry = next(i for i, other in enumerate(taps.blocks) if other is block)
     torch = require("torch")
@@ -334,18 +349,29 @@ def _asking_hook(taps: Taps, block: _Block) -> Any:
         wide = [i for i, v in enumerate(given) if torch.is_tensor(v) and v.is_floating_point() and v.dim() > 1]
         if len(wide) != 1:
             raise taps.not_asked("its router looks at more than one input")
-        block.entered = given[wide[0]].detach().clone()
-        for distance, earlier in enumerate(reversed(taps.blocks[max(0, entry - taps.distance) : entry]), start=1):
-            if earlier.entered is None or earlier.entered.shape != block.entered.shape:
-                raise taps.not_asked("the gates of its layers get different inputs")
-            other = dict(zip(names, given, strict=True)) | {names[wide[0]]: earlier.entered.to(block.entered.device)}
+        entered = given[wide[0]].detach()
+        block.entered = entered.clone()
+        for predictor, distance in taps.asks:
+            if distance > entry:
+                continue
+            about = _about(taps, predictor, taps.blocks[entry - distance], block).to(entered.device)
+            other = dict(zip(names, given, strict=True)) | {names[wide[0]]: about}
             # Not called as a module: neither these hooks nor those of others are meant to see it.
             said = module.forward(*(other[i] for i in range(len(args))), **{name: other[name] for name in kwargs})
             ids, weights, _ = _from_router(_tensors(said), taps.config)
             if ids is not None:
-                block.predicted[distance] = ids, weights
+                block.predicted[predictor, distance] = ids, weights
 
     return hook
+
+
+def _about(taps: Taps, predictor: str, earlier: _Block, block: _Block) -> Any:
+    """Return what a predictor takes for the input of a block's router, from what an earlier block shows."""
+    if predictor == "quasi_hidden" and earlier.stream is not None and block.stream is not None:
+        return block.stream.ask_about(block.entered, earlier.stream)
+    if earlier.entered is None or earlier.entered.shape != block.entered.shape:
+        raise taps.not_asked("the gates of its layers get different inputs")
+    return earlier.entered
 
 
 def _tensors(output: Any) -> list[Any]:
@@ -354,36 +380,49 @@ def _tensors(output: Any) -> list[Any]:
     return [value.detach() for value in values if hasattr(value, "detach")]
 
 
-def _index(values: list[Any]) -> tuple[Any, list[Any]]:
-    """Return the first integer matrix among tensors, None if there is none, and what follows it."""
-    torch = require("torch")
-    for at, value in enumerate(values):
-        if not torch.is_tensor(value) or value.dim() != 2:
-            continue
-        if not value.is_floating_point() and value.dtype != torch.bool:
-            return value.detach().to(torch.int32, copy=True), values[at + 1 :]
-    return None, values
+def places(values: list[Any], num_experts: int) -> tuple[int | None, int | None]:
+    """Return where among arguments the index ``[rows, k]`` of experts is, the first integer matrix, and the weights.
+
+    Weights stand after the index and have its shape, or are given for all experts; None: there are none.
+    """
+    at = _index_at(values)
+    if at is None:
+        return None, None
+    shapes = (tuple(values[at].shape), (values[at].shape[0], num_experts))
+    after = (i for i in range(at + 1, len(values)) if _is_matrix(values[i]) and values[i].is_floating_point())
+    return at, next((i for i in after if tuple(values[i].shape) in shapes), None)
 
 
-def _weights(values: list[Any], ids: Any, num_experts: int) -> Any:
-    """Return the router weights ``[rows, k]`` among tensors, gathered where they are given for all experts."""
+def _is_matrix(value: Any) -> bool:
+    return bool(require("torch").is_tensor(value)) and value.dim() == 2
+
+
+def _index_at(values: list[Any]) -> int | None:
+    """Return which is the first integer matrix, None if there is none."""
     torch = require("torch")
-    for value in values:
-        if not torch.is_tensor(value) or value.dim() != 2 or not value.is_floating_point():
-            continue
-        if value.shape == ids.shape:
-            return value.detach().to(torch.float32, copy=True)
-        if tuple(value.shape) == (ids.shape[0], num_experts):
-            return value.detach().gather(1, ids.long()).to(torch.float32)
-    return None
+    matrices = (i for i, value in enumerate(values) if _is_matrix(value))
+    return next((i for i in matrices if not values[i].is_floating_point() and values[i].dtype != torch.bool), None)
+
+
+def _copied(ids: Any) -> Any:
+    return ids.detach().to(require("torch").int32, copy=True)
+
+
+def _weights(value: Any, ids: Any) -> Any:
+    """Return the router weights ``[rows, k]``, gathered where they are given for all experts."""
+    torch = require("torch")
+    if value.shape == ids.shape:
+        return value.detach().to(torch.float32, copy=True)
+    return value.detach().gather(1, ids.long()).to(torch.float32)
 
 
 def _from_router(values: list[Any], config: ModelConfig) -> tuple[Any, Any, str]:
     """Return ids and weights that a router's output gives, and what they were read from; ids None: it does not."""
-    ids, _ = _index(values)
-    if ids is not None:
-        others = [value for value in values if tuple(value.shape) == tuple(ids.shape)]
-        return ids, _weights(others, ids, config.num_experts), "router"
+    at = _index_at(values)
+    if at is not None:
+        ids = _copied(values[at])
+        weights = next((v for v in values if v.shape == ids.shape and v.is_floating_point()), None)
+        return ids, None if weights is None else _weights(weights, ids), "router"
     if config.model_type not in _LOGITS_CHOOSE:
         return None, None, "logits"
     # The last one, where there are several: Llama 4 returns (scores, logits), Granite (…, logits).

@@ -17,10 +17,11 @@ from tracekit.capture.prompts import Prompt, read_prompts
 from tracekit.capture.server import Api, RefusedError, Server, routing_of
 from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
 from tracekit.schema import Request
-from tracekit.sources import IngestOptions, load_config, open_source
+from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.bundled import find
 from tracekit.store import Store, ingest
 from tracekit.store.manifest import MANIFEST, SEGMENTS, TEMPORARY
+from tracekit.store.writer import reading_options
 
 if TYPE_CHECKING:
     from tracekit.store import TraceInfo
@@ -169,9 +170,7 @@ def capture_openai(
             )
         config = known.name
         notes.append(f"experts and layers were taken from the bundled model {config!r}, by the name of the model")
-    options = IngestOptions(
-        config=None if config is None else load_config(config), num_experts=num_experts, top_k=top_k
-    )
+    options = reading_options(config=config, num_experts=num_experts, top_k=top_k)
     if options.config is None and top_k is None and (engine == "sglang" or api == "generate"):
         raise UsageError(
             "SGLang's responses do not say the shape of their routing",

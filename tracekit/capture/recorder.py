@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.capture.ahead import Ask, ahead
+from tracekit.capture.default_vectors import DefaultVectors
 from tracekit.capture.dependencies import require
 from tracekit.capture.hooks import Rows, Taps, tapped
-from tracekit.errors import SourceError, UnsupportedError, UsageError
+from tracekit.errors import SourceError, UnsupportedError
 from tracekit.schema import Predictions, Request, TraceMeta
 
 if TYPE_CHECKING:
     from tracekit.store import TraceInfo
 
 AnyArray = NDArray[Any]
-PREDICTORS = ("next-gate",)
-_FARTHEST = 255
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Piece:
     weights: AnyArray | None
     token_ids: AnyArray | None
     predicted: AnyArray | None = None
-    """``[rows, distances, layers, k]`` what the next gates said, see `tracekit.capture.hooks.Rows`."""
+    """``[rows, asks, layers, k]`` what was predicted, see `tracekit.capture.hooks.Rows`."""
 
     def cut(self, rows: int) -> Piece:
         """Return the first rows."""
@@ -179,7 +179,7 @@ class Recording:
     def _make(self) -> list[Request]:
         sequences = [sequence for batch in self._batches for sequence in batch.sequences if sequence.pieces]
         return [
-            request_of(str(number), s.pieces, s.prompt_len, s.decode_start)
+            request_of(str(number), s.pieces, s.prompt_len, s.decode_start, self._taps.asks)
             for number, s in enumerate(sequences, start=self._drained)
         ]
 
@@ -342,7 +342,11 @@ def _end(sequences: list[_Sequence], outputs: AnyArray, eos: Any, pad: Any) -> N
 
 
 def request_of(
-    request_id: str, pieces: Sequence[Piece], prompt_len: int | None, decode_start: int | None, where: str = ""
+    request_id: str,
+    pieces: Sequence[Piece],
+    prompt_len: int | None,
+    decode_start: int | None,
+    asks: Sequence[Ask] = (),
 ) -> Request:
     """Make a request of the pieces of its sequence, in order."""
     ids = np.concatenate([piece.ids for piece in pieces])
@@ -356,25 +360,24 @@ def request_of(
         decode_start=decode_start,
         token_ids=np.concatenate(tokens) if len(tokens) == len(pieces) else None,
         weights=np.concatenate(weights) if len(weights) == len(pieces) else None,
-        predictions=_predictions([piece.predicted for piece in pieces if piece.predicted is not None]),
-        where=where,
+        predictions=_predictions([piece.predicted for piece in pieces if piece.predicted is not None], asks),
     )
 
 
-def _predictions(pieces: Sequence[AnyArray]) -> tuple[Predictions, ...]:
-    """Return what the next gates said in all pieces, by distance."""
+def _predictions(pieces: Sequence[AnyArray], asks: Sequence[Ask]) -> tuple[Predictions, ...]:
+    """Return what was predicted of all pieces, by predictor and distance."""
     if not pieces:
         return ()
     predicted = np.concatenate(pieces)
-    rows, distances, layers, _ = predicted.shape
+    rows, _, layers, _ = predicted.shape
     return tuple(
         Predictions(
-            predictor="next_gate",
+            predictor=predictor,
             distance=distance,
-            ids=predicted[:, distance - 1],
+            ids=predicted[:, entry],
             known=np.broadcast_to(np.arange(layers) >= distance, (rows, layers)),
         )
-        for distance in range(1, distances + 1)
+        for entry, (predictor, distance) in enumerate(asks)
     )
 
 
@@ -417,26 +420,14 @@ def trace_meta(
     )
 
 
-def distance_of(predict: str | None, distance: int) -> int:
-    """Return how many MoE layers ahead to predict, 0 for not at all.
-
-    Raises
-    ------
-    UsageError
-        There is no such predictor, or the distance is none.
-    """
-    if predict is None:
-        return 0
-    if predict not in PREDICTORS:
-        raise UsageError(f"predict {predict!r}", expected=", ".join(PREDICTORS))
-    if not 1 <= distance <= _FARTHEST:
-        raise UsageError(f"predict_distance is {distance}", expected=f"1 to {_FARTHEST}")
-    return distance
-
-
 @contextmanager
 def record(
-    model: Any, *, token_ids: bool = True, predict: str | None = None, predict_distance: int = 1
+    model: Any,
+    *,
+    token_ids: bool = True,
+    predict: str | Sequence[str] | None = None,
+    predict_distance: int = 1,
+    default_vectors: DefaultVectors | str | Path | None = None,
 ) -> Iterator[Recording]:
     """Record the routing of every call of a transformers model in the block.
 
@@ -453,8 +444,11 @@ def record(
     token_ids
         Whether to keep the token ids.
     predict, predict_distance
-        ``"next-gate"`` to keep beside the routing what the routers of the next 1 to ``predict_distance`` MoE layers
-        choose for the input of the gate that runs: a predictor for prefetching.
+        Predictors for prefetching, to keep beside the routing what the routers of the next 1 to ``predict_distance``
+        MoE layers choose: for the input of the gate that runs (``"next-gate"``), or for the hidden state after this
+        layer with its experts' outputs replaced by their default vectors (``"quasi-hidden"``, arXiv 2603.19289).
+    default_vectors
+        For ``"quasi-hidden"``: of `tracekit.capture.calibration.calibrate`, or the file that they were saved to.
 
     Raises
     ------
@@ -462,9 +456,12 @@ def record(
         The model has no MoE layers that can be hooked, or no routers that can predict; or, from the call itself, it
         does what no trace can tell: beam search, a mask that hides what is padding.
     UsageError
-        ``predict`` is no predictor, or the model has too few MoE layers for the distance.
+        ``predict`` is no predictor, the model has too few MoE layers for the distance, or the default vectors are
+        missing or another model's.
     """
-    with tapped(model, distance=distance_of(predict, predict_distance)) as taps:
+    if isinstance(default_vectors, str | Path):
+        default_vectors = DefaultVectors.read(default_vectors)
+    with tapped(model, ahead=ahead(predict, predict_distance, default_vectors)) as taps:
         recording = Recording(model, taps, token_ids=token_ids)
         with ExitStack() as undo:
             undo.callback(model.register_forward_pre_hook(recording._before, with_kwargs=True).remove)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from tracekit.capture.ahead import Ahead, ahead
+from tracekit.capture.calibration import calibrate
+from tracekit.capture.default_vectors import DefaultVectors, check_free
 from tracekit.capture.dependencies import require
 from tracekit.capture.hooks import Taps, tapped
 from tracekit.capture.prompts import Prompt, read_prompts
-from tracekit.capture.recorder import Recording, distance_of, record, request_of, trace_meta
+from tracekit.capture.recorder import Recording, record, request_of, trace_meta
 from tracekit.capture.speculative import Sampling, check_pair, last_logits, speculate
 from tracekit.errors import MissingDependencyError, SourceError, UnsupportedError, UsageError
 from tracekit.schema import Request, TraceMeta
@@ -40,8 +43,8 @@ class Run:
     batch_size: int = 1
     draft_tokens: int = 0
     """K of speculative decoding; 0: none."""
-    predict: str | None = None
-    """What predicts experts ahead of their layers, if anything."""
+    predict: tuple[str, ...] = ()
+    """What predicts experts ahead of their layers."""
     predict_distance: int = 1
     """How many MoE layers ahead, at most."""
 
@@ -59,7 +62,7 @@ class Run:
                 + ("teacher forcing" if self.teacher_forcing else f"batch_size {self.batch_size}"),
                 expected="generation of one request at a time",
             )
-        distance_of(self.predict, self.predict_distance)
+        ahead(self.predict, self.predict_distance)
 
     @property
     def mode(self) -> str:
@@ -72,7 +75,9 @@ class Run:
         if not self.teacher_forcing:
             known |= {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
         known |= {"draft_tokens": self.draft_tokens} if self.draft_tokens else {}
-        return known | ({"predict": self.predict, "predict_distance": self.predict_distance} if self.predict else {})
+        if self.predict:
+            known |= {"predict": list(self.predict), "predict_distance": self.predict_distance}
+        return known
 
 
 def capture_transformers(
@@ -90,8 +95,11 @@ def capture_transformers(
     max_prompt_tokens: int | None = None,
     draft: str | Path | None = None,
     draft_tokens: int = 3,
-    predict: str | None = None,
+    predict: str | Sequence[str] | None = None,
     predict_distance: int = 1,
+    default_vectors: str | Path | None = None,
+    save_default_vectors: str | Path | None = None,
+    calibration_share: float = 1.0,
     device: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     token_ids: bool = True,
@@ -128,8 +136,13 @@ def capture_transformers(
     draft, draft_tokens
         Draft model of speculative decoding, and K: verification steps are kept with their rejected drafts.
     predict, predict_distance
-        ``"next-gate"`` to keep beside the routing what the routers of the next 1 to ``predict_distance`` MoE layers
-        choose for the input of the gate that runs; of rejected drafts this is not kept.
+        Predictors for prefetching, to keep beside the routing what the routers of the next 1 to ``predict_distance``
+        MoE layers choose: for the input of the gate that runs (``"next-gate"``), or for the hidden state after this
+        layer with its experts' outputs replaced by their default vectors (``"quasi-hidden"``, arXiv 2603.19289). Of
+        rejected drafts this is not kept.
+    default_vectors, save_default_vectors, calibration_share
+        For ``"quasi-hidden"``: the file of the default vectors, or else the share of the prompts, spread evenly, that
+        they are calibrated on before the capture begins, and the new ``.npz`` file that keeps them for the next one.
     device
         ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` to spread the model (needs accelerate); default: a GPU if there
         is one.
@@ -166,6 +179,8 @@ def capture_transformers(
     require("transformers")
     if draft is not None and draft_tokens < 1:
         raise UsageError(f"draft_tokens is {draft_tokens}", expected="at least 1")
+    predict = (predict,) if isinstance(predict, str) else tuple(predict or ())
+    _check_vectors(predict, default_vectors, save_default_vectors, calibration_share)
     run = Run(
         teacher_forcing=teacher_forcing,
         max_new_tokens=max_new_tokens,
@@ -177,6 +192,7 @@ def capture_transformers(
         predict=predict,
         predict_distance=predict_distance,
     )
+    vectors = None if default_vectors is None else DefaultVectors.read(default_vectors)
     asked = read_prompts(prompts, label_fields=label_fields, labels=labels)
     name = _short(model) if name is None else name
     check_name(store, name, append=append, force=force)
@@ -184,13 +200,18 @@ def capture_transformers(
     notes: list[str] = []
     inputs = _tokenised(asked, str(model), loaded, run, max_prompt_tokens, notes)
     with torch.inference_mode(), _explained(str(model)):
+        if "quasi-hidden" in run.predict and vectors is None:
+            vectors = calibrate(loaded, _share(inputs, calibration_share))
+            if save_default_vectors is not None:
+                vectors.save(save_default_vectors)
+        predicted = ahead(run.predict, run.predict_distance, vectors)
         if draft is None:
-            opened = _plain(loaded, inputs, run, token_ids=token_ids)
+            opened = _plain(loaded, inputs, run, predicted, token_ids=token_ids)
         else:
             helper = _load(draft, device, dtype)
             check_pair(loaded, helper)
             _check_tokens(str(model), str(draft), loaded, helper)
-            opened = _with_draft(loaded, helper, _short(draft), inputs, run, token_ids=token_ids)
+            opened = _with_draft(loaded, helper, _short(draft), inputs, run, predicted, token_ids=token_ids)
         with opened as (meta, requests):
             return write_trace(
                 store,
@@ -206,36 +227,61 @@ def capture_transformers(
 
 @contextmanager
 def _plain(
-    model: Any, inputs: list[list[int]], run: Run, *, token_ids: bool
+    model: Any, inputs: list[list[int]], run: Run, predicted: Ahead, *, token_ids: bool
 ) -> Iterator[tuple[TraceMeta, Iterator[Request]]]:
     """Yield what holds for the trace, and the requests as they are made, with the model hooked."""
     torch = require("torch")
-    with record(model, token_ids=token_ids, predict=run.predict, predict_distance=run.predict_distance) as recording:
+    with record(
+        model,
+        token_ids=token_ids,
+        predict=run.predict,
+        predict_distance=run.predict_distance,
+        default_vectors=predicted.vectors,
+    ) as recording:
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))  # shows what the hooks see, and k
         recording.drain()
         meta = recording.meta
-        extra = {"capture": {**meta.extra["capture"], **_described(model, run)}}
+        extra = {"capture": {**meta.extra["capture"], **_described(model, run, predicted)}}
         yield replace(meta, extra=extra), _recorded(model, recording, inputs, run)
 
 
 @contextmanager
 def _with_draft(
-    model: Any, draft: Any, draft_name: str, inputs: list[list[int]], run: Run, *, token_ids: bool
+    model: Any, draft: Any, draft_name: str, inputs: list[list[int]], run: Run, predicted: Ahead, *, token_ids: bool
 ) -> Iterator[tuple[TraceMeta, Iterator[Request]]]:
     """Do the same with speculative decoding."""
     torch = require("torch")
-    with tapped(model, distance=distance_of(run.predict, run.predict_distance)) as taps:
+    with tapped(model, ahead=predicted) as taps:
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
         top_k = taps.take(1).ids.shape[2]
-        described = {**_described(model, run), "draft": draft_name}
+        described = {**_described(model, run, predicted), "draft": draft_name}
         requests = (
             _speculated(model, draft, taps, ids, run, number, token_ids=token_ids) for number, ids in enumerate(inputs)
         )
         yield trace_meta(model, taps, top_k, drafts_included=True, capture=described), requests
 
 
-def _described(model: Any, run: Run) -> dict[str, Any]:
-    return {**run.described(), "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+def _described(model: Any, run: Run, predicted: Ahead) -> dict[str, Any]:
+    known = {**run.described(), "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    return known if predicted.vectors is None else {**known, "default_vectors": dict(predicted.vectors.described)}
+
+
+def _check_vectors(predict: Sequence[str], given: str | Path | None, saved: str | Path | None, share: float) -> None:
+    """Check what is said about default vectors before a model is loaded for it."""
+    if (given is not None or saved is not None) and "quasi-hidden" not in predict:
+        raise UsageError("default vectors, which nothing needs", expected="predict quasi-hidden")
+    if given is not None and saved is not None:
+        raise UsageError("default vectors both to be read and to be saved", expected="one of the two")
+    if not 0 < share <= 1:
+        raise UsageError(f"calibration_share is {share}", expected="above 0, up to 1")
+    if saved is not None:
+        check_free(saved)
+
+
+def _share(inputs: list[list[int]], share: float) -> list[list[int]]:
+    """Return a share of the prompts, at least one, spread evenly over all of them."""
+    count = max(1, round(share * len(inputs)))
+    return [inputs[i * len(inputs) // count] for i in range(count)]
 
 
 def _recorded(model: Any, recording: Recording, inputs: list[list[int]], run: Run) -> Iterator[Request]:
@@ -286,7 +332,7 @@ def _speculated(
         rng=np.random.default_rng([run.seed, number]),
         eos=frozenset([] if eos is None else np.atleast_1d(eos).tolist()),
     )
-    request = request_of(str(number), done.pieces, len(ids), len(ids))
+    request = request_of(str(number), done.pieces, len(ids), len(ids), taps.asks)
     return replace(request, token_ids=request.token_ids if token_ids else None, steps=done.steps)
 
 

@@ -21,6 +21,8 @@ from tracekit.cli.stored import say_stored
         "tracekit capture transformers models/olmoe --prompts texts.jsonl --label-fields domain \\",
         "                 --teacher-forcing --store traces --name held-out",
         "tracekit capture transformers models/olmoe --prompts prompts.txt --draft models/draft --store traces",
+        "tracekit capture transformers models/olmoe --prompts prompts.txt --predict next-gate \\",
+        "                 --predict quasi-hidden --save-default-vectors olmoe.npz --store traces",
     ],
 )
 @click.argument("model")
@@ -71,13 +73,32 @@ from tracekit.cli.stored import say_stored
 )
 @click.option(
     "--predict",
-    type=click.Choice(["next-gate"]),
-    help="Keep what the routers of the next MoE layers choose for the input of the gate that runs.",
+    multiple=True,
+    type=click.Choice(["next-gate", "quasi-hidden"]),
+    help="Keep what the routers of the next MoE layers choose; may be repeated. next-gate: for the input of the gate "
+    "that runs; quasi-hidden: for the hidden state after this layer, its experts replaced by their default vectors.",
 )
 @click.option(
     "--predict-distance",
     type=click.IntRange(min=1, max=255),
     help="How many MoE layers ahead --predict looks, at most. [default: 1]",
+)
+@click.option(
+    "--default-vectors",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Default vectors of quasi-hidden, as --save-default-vectors wrote them. [default: calibrated on the prompts]",
+)
+@click.option(
+    "--save-default-vectors",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Keep the calibrated default vectors in a new .npz file.",
+)
+@click.option(
+    "--calibration-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the prompts that default vectors are calibrated on. [default: 1]",
 )
 @click.option("--device", help="cpu, cuda, cuda:1, …, or auto to spread the model. [default: a GPU if there is one]")
 @click.option(
@@ -97,8 +118,11 @@ def transformers(
     store: Path,
     no_tokens: bool,
     quiet: bool,
-    predict: str | None,
+    predict: tuple[str, ...],
     predict_distance: int | None,
+    default_vectors: Path | None,
+    save_default_vectors: Path | None,
+    calibration_share: float | None,
     **options: Any,
 ) -> int:
     """Run a transformers model over prompts and keep its routing.
@@ -115,8 +139,13 @@ def transformers(
         raise click.UsageError("--draft generates and --teacher-forcing does not: give one of them.")
     if options["draft"] is not None and options["batch_size"] > 1:
         raise click.UsageError("--draft decodes one request at a time: leave out --batch-size.")
-    if predict_distance is not None and predict is None:
+    if predict_distance is not None and not predict:
         raise click.UsageError("--predict-distance says how far --predict looks: give --predict too.")
+    calibrated = save_default_vectors is not None or calibration_share is not None
+    if "quasi-hidden" not in predict and (calibrated or default_vectors is not None):
+        raise click.UsageError("default vectors are for quasi-hidden: give --predict quasi-hidden too.")
+    if calibrated and default_vectors is not None:
+        raise click.UsageError("--default-vectors leaves nothing to calibrate: give it alone.")
     with progress_bar("capture", shown=not quiet) as progress:
         trace = capture_transformers(
             model,
@@ -125,6 +154,9 @@ def transformers(
             token_ids=not no_tokens,
             predict=predict,
             predict_distance=predict_distance or 1,
+            default_vectors=default_vectors,
+            save_default_vectors=save_default_vectors,
+            calibration_share=calibration_share or 1.0,
             progress=progress,
             **options,
         )
