@@ -1,7 +1,8 @@
 -- How unevenly the experts of each layer are used.
 --
--- One row per trace and layer, computed from the activations alone. Experts that no token chose
--- count with zero tokens in every measure.
+-- One row per trace and layer, computed from the activations, or from the counts of a trace that has
+-- nothing else (phase all). Experts that no token chose count with zero tokens in every measure;
+-- where k is not known, what it takes part in is null.
 --
 -- needs: nothing
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
@@ -20,7 +21,7 @@
 -- column top_share DOUBLE: share of all activations that go to the k most popular experts [fraction]
 -- column sum_p2_over_k DOUBLE: sum over e of p_e^2 / k, the overlap expected of two independent tokens [fraction]
 with scope as (
-    select trace, coalesce(getvariable('phase'), default_phase) as phase
+    select trace, coalesce(getvariable('phase'), default_phase) as phase, histogram
     from traces
     where trace = coalesce(getvariable('trace'), trace)
 ),
@@ -29,6 +30,11 @@ choices as (
     from activations as a
     join scope on a.trace = scope.trace and (scope.phase = 'all' or a.phase = scope.phase)
     group by scope.trace, scope.phase, a.layer, a.expert
+    union all
+    select scope.trace, scope.phase, n.layer, n.expert, sum(n.n)::double as n
+    from counts as n
+    join scope on n.trace = scope.trace and scope.histogram and scope.phase = 'all'
+    group by scope.trace, scope.phase, n.layer, n.expert
 ),
 ranked as (
     select

@@ -1,7 +1,8 @@
 -- Popularity of every expert in every layer.
 --
 -- One row per trace, layer and expert, experts that no token chose included, computed from the
--- activations alone.
+-- activations, or from the counts of a trace that has nothing else (phase all). Where such a trace
+-- does not say k, popularity and relative are null.
 --
 -- needs: nothing
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
@@ -15,7 +16,7 @@
 -- column relative DOUBLE: p_e / (k/N), popularity in units of a perfectly even load [ratio]
 -- column rank INTEGER: 1 is the layer's most popular expert; ties go to the lower id
 with scope as (
-    select trace, coalesce(getvariable('phase'), default_phase) as phase
+    select trace, coalesce(getvariable('phase'), default_phase) as phase, histogram
     from traces
     where trace = coalesce(getvariable('trace'), trace)
 ),
@@ -24,6 +25,11 @@ choices as (
     from activations as a
     join scope on a.trace = scope.trace and (scope.phase = 'all' or a.phase = scope.phase)
     group by scope.trace, scope.phase, a.layer, a.expert
+    union all
+    select scope.trace, scope.phase, n.layer, n.expert, sum(n.n) as tokens
+    from counts as n
+    join scope on n.trace = scope.trace and scope.histogram and scope.phase = 'all'
+    group by scope.trace, scope.phase, n.layer, n.expert
 ),
 experts as (
     select c.trace, c.phase, c.layer, t.top_k, t.num_experts, c.choices / t.top_k as tokens,

@@ -64,7 +64,10 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Reader:
             size = sum(file.stat().st_size for file in path.iterdir())
             yield RawRequest(str(path), ids, part=str(part), axes="tlk", consumed=size * (part + 1) // 2)
 
-    reader = Reader("whole", "", "", lambda *_: False, read, lambda path: (path / "marker").is_file())
+    def files(path: Path) -> list[Path]:
+        return [path / "ids.bin", path / "marker"] if (path / "marker").is_file() else []
+
+    reader = Reader("whole", "", "", lambda *_: False, read, files)
     monkeypatch.setitem(READERS, "whole", reader)
     return reader
 
@@ -91,6 +94,7 @@ def test_several_folders_and_a_config_beside_them(tmp_path: Path, whole: Reader)
     config = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "model_type": "olmoe"}
     (folders[0] / "config.json").write_text(json.dumps(config))
     source = open_source(folders)
+    assert not source.notes  # the config is no part of the trace, and used
     assert [request.request_id for request in source.requests()] == ["a/0", "a/1", "b/0", "b/1"]
     assert source.meta.model == "olmoe"
 

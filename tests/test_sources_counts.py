@@ -61,6 +61,9 @@ def tensorrt(folder, ranks, slots=16, top_k=2, **meta):
     return folder
 
 
+FILES = ("meta_info.json", "rank0.safetensors")
+
+
 def rank(seed, iterations=(100, 101), layers=(3, 4, 5), tokens=20):
     made = {i: chosen(tokens, len(layers), 16, 2, seed * 10 + i) for i in iterations}
     return {(i, layer): made[i][at] for i in iterations for at, layer in enumerate(layers)}
@@ -83,6 +86,16 @@ def test_tensorrt_ranks_that_saw_the_same_tokens_count_once(tmp_path):
     source, records = read(tensorrt(tmp_path / "t", [rank(1), rank(1)]))
     assert records[0].counts.sum() == 3 * 20 * 2
     assert any("tensor parallelism" in note for note in source.notes)
+
+
+def test_other_files_in_a_folder_of_statistics_are_named(tmp_path):
+    folder = tensorrt(tmp_path / "t", [rank(1)])
+    (folder / "rank0.safetensors.bak").write_bytes(b"x")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "run.txt").write_text("x")
+    source, _ = read(folder)
+    assert source.notes == ["not part of the trace, left out: 'logs/run.txt', 'rank0.safetensors.bak'"]
+    assert source.done_bytes == source.total_bytes == sum((folder / n).stat().st_size for n in FILES)
 
 
 def test_tensorrt_pipeline_stages_are_put_together(tmp_path):

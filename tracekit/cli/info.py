@@ -18,7 +18,8 @@ from tracekit.cli.output import Output, output_options
 def info(store: Path, trace: str | None, out: Output) -> None:
     """Say what a store holds: its traces and their shape.
 
-    Beside it the provenance, which decides what can be asked of a trace, and what the check at ingest found.
+    Beside it the provenance, which decides what can be asked of a trace, its verification steps, the predictors whose
+    predictions lie beside the routing (with how many MoE layers ahead they look), and what the check at ingest found.
     """
     import tracekit as tk
     from tracekit.errors import StoreError
@@ -31,8 +32,27 @@ def info(store: Path, trace: str | None, out: Output) -> None:
             remedy = "Restore them, or ingest the trace again with --force"
             raise StoreError(found, where=f"trace {held.name!r}", remedy=remedy)
     select = """
-        SELECT traces.*, coalesce(found.findings, 'none') AS findings
+        SELECT
+            traces.*,
+            coalesce(verified.steps, 0) AS verification_steps,
+            coalesce(foretold.predictors, 'none') AS predictors,
+            coalesce(found.findings, 'none') AS findings
         FROM traces
+        LEFT JOIN (
+            SELECT trace, count(DISTINCT (request, step)) AS steps
+            FROM verification
+            WHERE "row" = 0
+            GROUP BY trace
+        ) AS verified USING (trace)
+        LEFT JOIN (
+            SELECT trace, string_agg(predictor || ' (' || ahead || ')', ', ' ORDER BY predictor) AS predictors
+            FROM (
+                SELECT trace, predictor, string_agg(distance, ', ' ORDER BY distance) AS ahead
+                FROM (SELECT DISTINCT trace, predictor, distance FROM predictions)
+                GROUP BY trace, predictor
+            )
+            GROUP BY trace
+        ) AS foretold USING (trace)
         LEFT JOIN (
             SELECT trace, string_agg(severity || ': ' || finding || ' (' || "where" || ')', '; ') AS findings
             FROM findings
