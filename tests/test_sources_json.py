@@ -434,6 +434,59 @@ def test_sglang_choices_with_their_own_meta_info_share_the_prompt(tmp_path):
     assert has_note(source, "kept once, with the first choice")
 
 
+def sampled(prompts, n):
+    """What ``/generate`` returns for some prompts and ``n`` outputs of each: a flat list, a random id each."""
+    answers, wanted = [], []
+    for prompt, length in enumerate(prompts):
+        before = routing(length, 50 + prompt)
+        for i in range(n):
+            output = 3 + i
+            ids = np.concatenate([before, routing(output - 1, 100 * prompt + i)])
+            name = f"{prompt}-{i}"
+            answers.append(sglang(length, output, id=name, routed_experts=raw(ids, "<i4")))
+            wanted.append((name, 0 if i == 0 else length, ids[0 if i == 0 else length :, 2:]))
+    return answers, wanted
+
+
+@pytest.mark.parametrize("layout", ["array", "line", "lines", "logged"])
+def test_sglang_lists_of_several_outputs_share_the_prompt(tmp_path, layout):
+    answers, wanted = sampled([5, 5, 7], 3)
+    path = tmp_path / "r.jsonl"
+    if layout == "array":
+        path.write_text(json.dumps(answers, indent=1))
+    elif layout == "logged":
+        document = {"request": {"sampling_params": {"n": 3}, "tag": "x"}, "response": answers}
+        write(tmp_path, document)
+    else:
+        write(tmp_path, *([answers] if layout == "line" else [answers[:3], answers[3:]]))
+    source, requests = read(path)
+    assert [(r.request_id, r.first_pos) for r in requests] == [(name, first) for name, first, _ in wanted]
+    for found, (_, _, ids) in zip(requests, wanted, strict=True):
+        assert (found.ids == ids).all()
+    assert has_note(source, "kept once, with the first")
+
+
+@pytest.mark.parametrize("layout", ["calls", "one each", "other prompts", "start"])
+def test_sglang_prompts_that_are_not_repeated_stay(tmp_path, layout):
+    answers, _ = sampled([5], 2)
+    if layout == "calls":  # each is a call of its own
+        documents = answers
+    elif layout == "one each":  # the same prompt twice, asked for one output each
+        documents = [{"request": {"sampling_params": {"temperature": 1}}, "response": answers}]
+    elif layout == "other prompts":
+        documents = [[sglang(5, 4, seed=1, id="0-0"), sglang(5, 4, seed=2, id="0-1")]]
+    else:
+        documents = [{"request": {"sampling_params": {"n": 2}, "routed_experts_start_len": 5}, "response": answers}]
+        for one_of in answers:
+            ids = np.frombuffer(base64.b64decode(one_of["meta_info"]["routed_experts"]), "<i4").reshape(-1, 5, 3)
+            one_of["meta_info"]["routed_experts"] = raw(ids[5:], "<i4")
+    source, requests = read(write(tmp_path, *documents))
+    assert [r.first_pos for r in requests] == ([5, 5] if layout == "start" else [0, 0])
+    rows = [o["meta_info"]["completion_tokens"] - 1 + (0 if layout == "start" else 5) for o in answers]
+    assert [len(r.ids) for r in requests] == (rows if layout != "other prompts" else [8, 8])
+    assert not has_note(source, "kept once")
+
+
 def test_sglang_start(tmp_path):
     document = {"request": {"routed_experts_start_len": 3}, "response": sglang(8, 4, start=3)}
     assert one(write(tmp_path, document))[1].first_pos == 3

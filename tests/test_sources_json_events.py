@@ -131,6 +131,13 @@ def test_megatron_replicas_count_once(tmp_path):
     assert len(request.ids) == 7
 
 
+def test_other_files_in_a_folder_of_ranks_are_named(tmp_path):
+    trace(tmp_path, records(packed(6)), records(packed(4)))
+    (tmp_path / "logits_rank0.bin").write_bytes(bytes(9))
+    source, _ = read(tmp_path)
+    assert has_note(source, "not part of the trace, left out: 'logits_rank0.bin'")
+
+
 def test_megatron_two_ranks_of_single_requests(tmp_path):
     a, b = packed(5, 1), packed(4, 1, 1, seed=9)
     _, (first, second) = read(trace(tmp_path, records(a), records(b, 1)))

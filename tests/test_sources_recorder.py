@@ -329,19 +329,171 @@ def test_a_verification_step_then_plain_decoding(tmp_path):
     assert (found.steps.start_pos.tolist(), found.steps.n_accepted.tolist()) == ([5], [1])
 
 
-def test_draft_trees_have_no_order(tmp_path):
+TREE = [0, 1, 1, 2, 2]
+
+
+def grow(recorder, running, accepted, depths=TREE):
+    """One TARGET_VERIFY pass over trees, breadth first: of the kept path it takes the last row of each depth."""
+    rows, windows = [], []
+    for (request, at), kept in zip(running, accepted, strict=True):
+        window = routing(len(depths), 10_000 + 100 * at + request.tokens[0])
+        for depth in range(kept + 1):
+            window[max(i for i, d in enumerate(depths) if d == depth)] = request.ids[at + depth]
+        rows += [(1, at + depth, ids) for depth, ids in zip(depths, window, strict=True)]
+        windows.append(window)
+    recorder.add(VERIFY, rows)
+    return windows
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_draft_trees_keep_every_row_and_say_what_is_not_known(tmp_path, early):
+    recorder = Recorder(REPLICAS)
+    a, b = Request(0, 5, 20), Request(1, 9, 20)
+    if not early:
+        recorder.add(EXTEND, [*a.rows(0, 5), *b.rows(0, 9)], [5, 9])
+    seen, at = {0: [], 1: []}, [5, 9]
+    for accepted in ([0, 2], [2, 1], [1, 0], [0, 0]):
+        for i, window in enumerate(grow(recorder, [(a, at[0]), (b, at[1])], accepted)):
+            seen[i].append((at[i], accepted[i], window))
+            at[i] += accepted[i] + 1
+    source, requests = read(recorder.save(tmp_path / "x.pt"))
+    assert source.meta.drafts_included
+    assert any("drafts form trees" in note for note in source.notes)
+    for i, (found, request) in enumerate(zip(requests, (a, b), strict=True)):
+        told = seen[i][:-1]
+        assert found.steps.start_pos.tolist() == [start for start, _, _ in told]
+        assert found.steps.n_accepted.tolist() == [kept for _, kept, _ in told]
+        assert found.steps.depths.tolist() == TREE * 3
+        # Of two rows at a depth that was accepted either may be the one that was kept; the deeper ones were not.
+        kept_rows = {0: [1, 0, 0, 0, 0], 1: [1, -1, -1, 0, 0], 2: [1, -1, -1, -1, -1]}
+        assert found.steps.kept_rows.tolist() == [k for _, kept, _ in told for k in kept_rows[kept]]
+        assert (found.steps.ids == np.concatenate([window for *_, window in told])).all()
+        roots = [start for start, _, _ in seen[i]]
+        committed = [*([] if early else range(request.prompt)), *roots]
+        positions = found.positions if found.positions is not None else found.first_pos + np.arange(len(found.ids))
+        assert positions.tolist() == committed
+        assert (found.ids == request.ids[committed]).all()
+
+
+def test_a_tree_with_one_row_at_a_depth_says_which_was_kept(tmp_path):
+    recorder = Recorder()
+    request = Request(0, 5, 20)
+    recorder.add(EXTEND, request.rows(0, 5), [5])
+    grow(recorder, [(request, 5)], [2], [0, 1, 2, 2])
+    grow(recorder, [(request, 8)], [0], [0, 1, 2, 2])
+    _, (found,) = read(recorder.save(tmp_path / "x.pt"))
+    assert found.steps.kept_rows.tolist() == [1, 1, -1, -1]
+    assert found.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 8]
+
+
+def test_trees_of_different_sizes_have_no_order(tmp_path):
     recorder = Recorder()
     request = Request(0, 5, 9)
     recorder.add(EXTEND, request.rows(0, 5), [5])
-    for depths in ([5, 6, 6, 7, 7], [6, 7, 7, 8, 8]):
-        rows = [(1, at, ids) for at, ids in zip(depths, routing(5, depths[0]), strict=True)]
-        recorder.add(VERIFY, rows)
+    for at, depths in ((5, [0, 1, 1]), (6, [0, 1, 1, 2, 2])):
+        grow(recorder, [(request, at)], [0], depths)
     source, _ = read(recorder.save(tmp_path / "x.pt"))
     assert source.meta.histogram
-    assert any("form a tree" in note for note in source.notes)
+    assert any("trees of different sizes" in note for note in source.notes)
 
 
 # Counts
+
+
+# Several ranks
+
+
+def dumped(folder, recorder, rank, time="1731398912.25", **changes):
+    """The file of a rank, as its recorder names it."""
+    folder.mkdir(exist_ok=True)
+    records = [{**record, "rank": rank, **changes} for record in recorder.records]
+    content = {"records": records, "last_physical_to_logical_map": View(recorder.location)}
+    return save(folder / f"expert_distribution_recorder_{time}_{rank}.pt", content)
+
+
+def served(requests, rank=0, location=REPLICAS):
+    """A rank that served them: which replica of an expert it takes is its own affair."""
+    recorder = Recorder(location)
+    recorder.random = np.random.default_rng(rank)
+    serve(recorder, [requests])
+    return recorder
+
+
+def two():
+    return [Request(0, 5, 4), Request(1, 9, 3)]
+
+
+def test_ranks_of_the_same_tokens_count_once(tmp_path):
+    for rank in range(3):
+        dumped(tmp_path / "r", served(two(), rank), rank, time=f"17313989{rank}.5")
+    tables = [[record["topk_ids_of_layer"].storage for record in served(two(), rank).records] for rank in range(2)]
+    assert any((one != other).any() for one, other in zip(*tables, strict=True))  # through other replicas
+    source, requests = read(tmp_path / "r")
+    expect(requests, two())
+    assert [request.request_id for request in requests] == ["r/0", "r/1"]
+    assert any("_1.pt, expert_distribution_recorder_173139892.5_2.pt left out" in note for note in source.notes)
+
+
+def test_ranks_of_a_pipeline_are_put_together(tmp_path):
+    stages = [[1], [2, 3]]
+    for rank, layers in enumerate(stages):
+        recorder = served(two(), rank)
+        for record in recorder.records:
+            table = record["topk_ids_of_layer"].storage.copy().reshape(LAYERS, -1, 8)
+            table[[layer for layer in MOE if layer not in layers]] = -1
+            record["topk_ids_of_layer"] = View(table)
+        dumped(tmp_path / "r", recorder, rank)
+    source, requests = read(tmp_path / "r")
+    expect(requests, two())
+    assert any("put together from several ranks: expert_distribution_recorder_" in note for note in source.notes)
+    _, alone = read(next((tmp_path / "r").glob("*_1.pt")))
+    assert alone[0].ids.shape[1] == 2
+
+
+def test_ranks_of_other_tokens_are_requests_of_their_own(tmp_path):
+    others = [Request(2, 6, 4), Request(3, 4, 2)]
+    dumped(tmp_path / "r", served(two(), 0), 0)
+    dumped(tmp_path / "r", served(others, 1), 1)
+    _, requests = read(tmp_path / "r")
+    expect(requests, two() + others)
+    assert len({request.request_id for request in requests}) == 4
+
+
+def test_a_rank_that_recorded_the_same_twice_ran_it_twice(tmp_path):
+    for time in ("1.5", "2.5"):
+        for rank in range(2):
+            dumped(tmp_path / "r", served(two(), rank), rank, time=time)
+    _, requests = read(tmp_path / "r")
+    expect(requests, two() + two())
+
+
+def test_ranks_that_contradict_each_other_are_refused(tmp_path):
+    dumped(tmp_path / "r", served(two(), 0), 0)
+    other = served(two(), 1)
+    other.records[1]["topk_ids_of_layer"] = served([Request(5, 5, 4), Request(6, 9, 3)]).records[1]["topk_ids_of_layer"]
+    dumped(tmp_path / "r", other, 1)
+    refuse(tmp_path / "r", "_0.pt and .*_1.pt have the same tokens .* but route the tokens of record 1 differently")
+    dumped(tmp_path / "r", served(two(), 1, IDENTITY), 1)
+    refuse(tmp_path / "r", "place experts differently.*Ingest the file of one rank")
+
+
+def test_a_folder_of_one_rank_is_files_like_any_other(tmp_path):
+    dumped(tmp_path / "r", served(two()), 0)
+    (tmp_path / "r" / "log.txt").write_text("x")
+    source, requests = read(tmp_path / "r")
+    expect(requests, two())
+    assert any("left out: 'log.txt'" in note for note in source.notes)
+
+
+def test_per_pass_ranks_add_up(tmp_path):
+    for rank in range(2):
+        recorder = served(two(), rank)
+        for record in recorder.records:
+            del record["topk_ids_of_layer"]
+        dumped(tmp_path / "r", recorder, rank)
+    _, records = read(tmp_path / "r")
+    routed = sum(len(request.ids) for request in two()) * K
+    assert [record.counts.sum(axis=1).tolist() for record in records] == [[routed] * len(MOE)] * 2
 
 
 def test_per_pass_counts_are_mapped_and_added(tmp_path):
@@ -457,14 +609,19 @@ def test_mutations_raise_nothing_else(tmp_path_factory, data):
     a = Request(0, 3, 9)
     serve(recorder, [[Request(1, 4, 2)]])
     recorder.add(EXTEND, a.rows(0, 3), [3])
-    verify(recorder, [(a, 3)], [1])
-    verify(recorder, [(a, 5)], [1])
+    step = data.draw(st.sampled_from([verify, grow]))
+    step(recorder, [(a, 3)], [1])
+    step(recorder, [(a, 5)], [1])
     writer = Writer()
     content = {"records": recorder.records, "last_physical_to_logical_map": View(IDENTITY)}
     pickled = bytearray(writer.pickle(content))
     storages = [bytearray(storage) for storage in writer.storages]
     for target in data.draw(st.lists(st.sampled_from([pickled, *storages]), min_size=1, max_size=4)):
         target[data.draw(st.integers(0, len(target) - 1))] = data.draw(st.integers(0, 255))
-    path = archive(tmp_path_factory.mktemp("f") / "x.pt", bytes(pickled), [bytes(storage) for storage in storages])
-    with contextlib.suppress(TracekitError):
-        list(open_source([path], IngestOptions()).requests())
+    folder = tmp_path_factory.mktemp("f")
+    dumped(folder, recorder, 0)  # the rank beside it is whole
+    path = folder / "expert_distribution_recorder_2.5_1.pt"
+    archive(path, bytes(pickled), [bytes(storage) for storage in storages])
+    for source in (path, folder):
+        with contextlib.suppress(TracekitError):
+            list(open_source([source], IngestOptions()).requests())

@@ -342,6 +342,13 @@ def config(folder, **fields):
     return path
 
 
+def test_other_files_beside_the_layers_are_named(tmp_path, ids, tokens):
+    flame_moe(tmp_path / "F", ids, tokens)
+    (tmp_path / "F" / "README.md").write_text("x")
+    trace = tk.ingest(tmp_path / "F", tmp_path / "S", config=config(tmp_path, eos_token_id=EOS), name="t")
+    assert [note for note in trace.notes if "left out" in note] == ["not part of the trace, left out: 'README.md'"]
+
+
 @pytest.mark.parametrize("block", [6 * 3, 6 * 3 * 13, 1 << 25])
 def test_texts_end_with_the_end_of_text_token(tmp_path, ids, tokens, block, monkeypatch):
     monkeypatch.setattr(flame, "_BLOCK_IDS", block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,8 +177,11 @@ def open_source(paths: Sequence[Path | str], options: IngestOptions | None = Non
             )
         whole = _whole(path, forced) if path.is_dir() else None
         if whole is not None:
-            size = sum(file_size(file) for file in walk(path))
-            files.append(_File(path, whole, size, scalar_text(path.resolve().name) or "trace"))
+            reader, parts = whole
+            used = set(parts)
+            _note_others(path, [file for file in islice(walk(path), LOOKED_AT) if file not in used], notes)
+            size = sum(file_size(file) for file in parts)
+            files.append(_File(path, reader, size, scalar_text(path.resolve().name) or "trace"))
             continue
         found = _folder(path, forced, notes) if path.is_dir() else [(path, forced or detect(path))]
         for file, reader in found:
@@ -206,16 +210,26 @@ def _forced(name: str | None) -> Reader | None:
     return READERS[name]
 
 
-def _whole(folder: Path, forced: Reader | None) -> Reader | None:
-    """Return the reader that takes the folder as one source, if there is one."""
-    readers = READERS.values() if forced is None else [forced]
-    return next((reader for reader in readers if reader.folder is not None and reader.folder(folder)), None)
+def _whole(folder: Path, forced: Reader | None) -> tuple[Reader, Sequence[Path]] | None:
+    """Return the reader that takes the folder as one source, if there is one, and the files that it reads."""
+    for reader in READERS.values() if forced is None else [forced]:
+        if reader.folder is not None and (files := reader.folder(folder)):
+            return reader, files
+    return None
+
+
+def _note_others(folder: Path, others: Sequence[Path], notes: list[str]) -> None:
+    """Name the files of a folder that are not part of the trace; its config is looked at elsewhere."""
+    if others := [path for path in others if path != folder / "config.json"]:
+        names = ", ".join(repr(path.relative_to(folder).as_posix()) for path in others[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        notes.append(f"not part of the trace, left out: {names}{more}")
 
 
 def _folder(folder: Path, forced: Reader | None, notes: list[str]) -> list[tuple[Path, Reader]]:
     """Files of a folder that a reader takes; others (manifests, configs, notes) are named in a note."""
     found: list[tuple[Path, Reader]] = []
-    others: list[str] = []
+    others: list[Path] = []
     for path in walk(folder):
         head = read_head(path) if path.suffix in (".npy", ".npz") or file_size(path) else b""
         readers = READERS.values() if forced is None else [forced]
@@ -225,7 +239,7 @@ def _folder(folder: Path, forced: Reader | None, notes: list[str]) -> list[tuple
         elif forced is None and path.suffix in (".npy", ".npz"):
             raise unrecognised(path, head)
         else:
-            others.append(path.relative_to(folder).as_posix())
+            others.append(path)
         if not found and len(others) == LOOKED_AT:
             break
     if not found:
@@ -236,9 +250,10 @@ def _folder(folder: Path, forced: Reader | None, notes: list[str]) -> list[tuple
             expected="arrays, responses or CSV traces",
             remedy="Name the file itself to see what is wrong with it",
         )
-    if others:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        notes.append(f"not part of the trace, left out: {', '.join(map(repr, others[:5]))}{more}")
+    if not all(reader.beside for _, reader in found):
+        others += [path for path, reader in found if reader.beside]
+        found = [(path, reader) for path, reader in found if not reader.beside]
+    _note_others(folder, others, notes)
     return found
 
 

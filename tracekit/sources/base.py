@@ -143,8 +143,12 @@ class Reader:
     """Whether a file with this beginning is of the format."""
     read: Callable[[Path, IngestOptions], Iterator[RawRequest | RawCounts]]
     """Yield the requests (or the counts) of one file, in order."""
-    folder: Callable[[Path], bool] | None = None
-    """Whether a folder as a whole is one source of the format: ``read`` then gets the folder."""
+    folder: Callable[[Path], Sequence[Path]] | None = None
+    """The files of a folder that as a whole is one source of the format: ``read`` then gets the folder. None of them:
+    it is not one."""
+    beside: bool = False
+    """Whether such files may lie beside the routing of the same requests in another format: a folder that has both is
+    then read without them."""
 
 
 def scalar_text(value: object) -> str | None:

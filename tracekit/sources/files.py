@@ -8,7 +8,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,23 @@ def release(array: NDArray[Any]) -> None:
     # All mappings here are shared ones: written pages are in the file, not lost.
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)
+
+
+def row_by_row(array: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
+    """Return a function that gives the next ``n`` rows of the first axis on each call, and releases those before."""
+    row = touched = 0
+    width = array[:1].nbytes
+
+    def following(count: int) -> NDArray[Any]:
+        nonlocal row, touched
+        touched += width * count
+        if touched >= RELEASE_BYTES:
+            release(array)
+            touched = 0
+        row += count
+        return array[row - count : row]
+
+    return following
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
-from tracekit.sources.files import IN_MEMORY, RELEASE_BYTES, allocate, fault, file_size, reading, release
+from tracekit.sources.files import IN_MEMORY, allocate, fault, file_size, reading, row_by_row
 
 MAGIC = b"\x93NUMPY"
 _DEFLATE_LIMIT = 1032
@@ -144,8 +144,7 @@ class Member:
         self.where = f"{path}[{info.filename.removesuffix('.npy')}]"
         self._archive = archive
         self._info = info
-        self._mapped: NDArray[Any] | None = None
-        self._row = self._handed_out = 0
+        self._unpacked = 0
         self._check_size()
         with reading(self.where):
             # The stream stays where the data begins: most members are read once, right after their header.
@@ -183,20 +182,10 @@ class Member:
     def rows(self) -> Callable[[int], NDArray[Any]]:
         """Return a function that gives the next ``n`` rows of the first axis on each call; to be called once."""
         if self.header.fortran or self._info.compress_type == zipfile.ZIP_STORED:
-            self._mapped = self.load()
-            return self._slice
+            return row_by_row(self.load())
         self._refuse_bomb()
         width = math.prod(self.shape[1:])
         return lambda count: self._unpack(count * width).reshape(count, *self.shape[1:])
-
-    def _slice(self, count: int) -> NDArray[Any]:
-        assert self._mapped is not None
-        self._handed_out += self._mapped[:1].nbytes * count
-        if self._handed_out >= RELEASE_BYTES:
-            release(self._mapped)
-            self._handed_out = 0
-        self._row += count
-        return self._mapped[self._row - count : self._row]
 
     def _unpack(self, count: int) -> NDArray[Any]:
         """Return the next ``count`` elements of a compressed member."""
@@ -209,8 +198,8 @@ class Member:
                     raise SourceError(f"ends {target.size - done} bytes too early: truncated", where=self.where)
                 target[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
                 done += len(piece)
-            self._row += count
-            if self._row == math.prod(self.shape):
+            self._unpacked += count
+            if self._unpacked == math.prod(self.shape):
                 self._stream.read(1)  # the end of the stream is where zipfile compares the checksum
         return flat
 

@@ -1,4 +1,7 @@
-"""Tensors that lie uncompressed in a file: checked against its size, mapped into memory where they are asked for."""
+"""Tensors that lie uncompressed in a file: checked against its size, mapped into memory where they are asked for.
+
+Those that are in memory already stand beside them, with the same methods.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
-from tracekit.sources.files import RELEASE_BYTES, allocate, reading, release
+from tracekit.sources.files import allocate, reading, row_by_row
 
 _MOST_AXES = 64
 _CONVERTED_AT_ONCE = 1 << 20
@@ -56,8 +59,6 @@ class Tensor:
     def __init__(self, storage: Storage, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         self.where, self.shape = storage.where, shape
         self._storage, self._start, self._strides = storage, start, strides
-        self._row = self._handed_out = 0
-        self._mapped: NDArray[Any] | None = None
         if len(shape) != len(strides) or len(shape) > _MOST_AXES or min((*shape, *strides, start), default=0) < 0:
             raise SourceError(f"claims the impossible shape {_short(shape)}", where=self.where)
         size = math.prod(shape)
@@ -90,21 +91,39 @@ class Tensor:
 
     def rows(self) -> Callable[[int], NDArray[Any]]:
         """Return a function that gives the next ``n`` rows of the first axis on each call; to be called once."""
-        self._mapped = self.load()
-        return self._slice
+        return row_by_row(self.load())
 
     def close(self) -> None:
-        """Let go of the memory map."""
-        self._mapped = None
+        """Nothing is open: a memory map ends with its arrays."""
 
-    def _slice(self, count: int) -> NDArray[Any]:
-        assert self._mapped is not None
-        self._handed_out += self._mapped[:1].nbytes * count
-        if self._handed_out >= RELEASE_BYTES:
-            release(self._mapped)
-            self._handed_out = 0
-        self._row += count
-        return self._mapped[self._row - count : self._row]
+
+class Held:
+    """An array that is in memory already."""
+
+    def __init__(self, array: NDArray[Any], where: str) -> None:
+        self.where = where
+        self._array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements."""
+        return self._array.dtype
+
+    def load(self) -> NDArray[Any]:
+        """Return the array."""
+        return self._array
+
+    def rows(self) -> Callable[[int], NDArray[Any]]:
+        """Return a function that gives the next ``n`` rows of the first axis on each call."""
+        return row_by_row(self._array)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def contiguous(storage: Storage, shape: tuple[int, ...]) -> Tensor:

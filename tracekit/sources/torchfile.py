@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
 from tracekit.sources import pickles
 from tracekit.sources.files import file_size, reading
 from tracekit.sources.npy import stored_offset
 from tracekit.sources.pickles import Buildable, Name
-from tracekit.sources.tensors import Storage, Tensor
+from tracekit.sources.tensors import Held, Storage, Tensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -62,26 +61,11 @@ _NUMPY_SIZES = (1, 2, 4, 8)
 _LONGEST_TEXT = 1 << 16
 
 
-class PickledArray(Buildable):
+class PickledArray(Held, Buildable):
     """A numpy array (or scalar) whose bytes are in the pickle; made by numpy from the bytes, not by its own globals."""
 
     def __init__(self, where: str) -> None:
-        self.where = where
-        self._array: NDArray[Any] = np.empty(0, np.uint8)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self._array.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the elements."""
-        return self._array.dtype
-
-    def load(self) -> NDArray[Any]:
-        """Return the array, read-only."""
-        return self._array
+        super().__init__(np.empty(0, np.uint8), where)
 
     def build(self, state: Any) -> None:
         """Take ``(version, shape, dtype, is_fortran, bytes)``."""

@@ -19,6 +19,7 @@ from tracekit.sources.readers import (
     sglang,
     sglang_recorder,
     slime,
+    step_tables,
     tensorrt,
     transformers_hooks,
     vllm,
@@ -46,6 +47,7 @@ READERS: dict[str, Reader] = {
         imatrix,
         flame,
         counts_csv,
+        step_tables,
         long,
     )
 }

@@ -60,8 +60,11 @@ def _iterations(folder: Path) -> list[Path]:
     return [path for path in candidates if _ITERATION.fullmatch(path.name) and _layer_files(path)]
 
 
-def _is_folder(folder: Path) -> bool:
-    return bool(_iterations(folder) or _layer_files(folder))
+def _files(folder: Path) -> list[Path]:
+    if layers := _layer_files(folder):
+        return list(layers.values())
+    layers_of = [path for iteration in _iterations(folder) for path in _layer_files(iteration).values()]
+    return [*layers_of, *sorted((folder / "samples").glob("*.parquet"))] if layers_of else []
 
 
 def _numbered(layers: dict[int, Path], options: IngestOptions) -> tuple[dict[int, Path], tuple[str, ...]]:
@@ -279,5 +282,5 @@ READER = Reader(
     example="actives/iter_0100/layer_02.parquet {indices: int16[6], scores: float16[6]}, samples/*.parquet {token_id}",
     sniff=lambda path, head: False,
     read=_read,
-    folder=_is_folder,
+    folder=_files,
 )

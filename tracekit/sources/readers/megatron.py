@@ -52,10 +52,6 @@ def _sniff(path: Path, head: bytes) -> bool:
     return first is not None and "top_indices" in first and "layer" in first
 
 
-def _is_folder(folder: Path) -> bool:
-    return bool(_ranks(folder))
-
-
 def _ranks(folder: Path) -> list[Path]:
     with reading(str(folder)):
         found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -424,5 +420,5 @@ READER = Reader(
     example='{"step": 0, "block": "decoder", "layer": 3, "rank": 0, "num_tokens": 99, "topk": 8, "top_indices": [[…]]}',
     sniff=_sniff,
     read=_read,
-    folder=_is_folder,
+    folder=_ranks,
 )

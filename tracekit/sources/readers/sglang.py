@@ -3,8 +3,8 @@
 Besides the native form (``/generate``, also streamed or in lists) the string stands in the OpenAI form: in ``sglext``
 (or ``sgl_ext``) beside the choices or in one, in ``choices[].meta_info``, or, behind Dynamo, in
 ``nvext.routed_experts`` or ``engine_data.routed_experts``. A string beside several choices is the first one's. Choices
-that each have their own string repeat the prompt; its rows are kept once, with the first choice, as
-`tracekit.sources.choices` explains.
+that each have their own string repeat the prompt, and so do the entries of the list that ``/generate`` returns for
+``n`` above 1; its rows are kept once, with the first of them, as `tracekit.sources.choices` explains.
 
 A start (``routed_experts_start_len``) is taken from the logged request or the sidecar, never inferred: the number of
 rows is the only check that the config is that of the model that was served.
@@ -13,7 +13,7 @@ rows is the only check that the config is that of the model that was served.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,34 @@ def _sniff(path: Path, head: bytes) -> bool:
 
 
 def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest]:
+    first: tuple[str | None, RawRequest] | None = None
     for where, part, exchange, done in exchanges(path):
         captures = list(_captures(exchange, where))
         for i, found in enumerate(captures):
             raw = _request(found, options, part if len(captures) == 1 else f"{part}/{i}", done)
-            if i > 0:
+            whole = replace(raw)
+            if i > 0 or (first is not None and _repeats(exchange, raw, *first)):
                 drop_prompt(raw)
+            else:
+                first = exchange.batch, whole
             yield raw
+
+
+def _repeats(exchange: Exchange, raw: RawRequest, batch: str | None, first: RawRequest) -> bool:
+    """Whether a response is another output for the prompt of an earlier one: of the same call, with the same rows.
+
+    Nothing else in the list that ``/generate`` returns for ``n`` above 1 says which outputs share a prompt.
+    """
+    if exchange.batch is None or exchange.batch != batch or raw.prompt_len is None:
+        return False
+    parameters = exchange.request.get("sampling_params")
+    each = parameters if isinstance(parameters, list) else [parameters]
+    if exchange.logged and not any(isinstance(one, dict) and one.get("n") not in (None, 1) for one in each):
+        return False
+    if (raw.prompt_len, raw.first_pos, raw.ids.shape[1:]) != (first.prompt_len, first.first_pos, first.ids.shape[1:]):
+        return False
+    rows = raw.prompt_len - (raw.first_pos or 0)
+    return 0 < rows <= min(len(raw.ids), len(first.ids)) and bool((raw.ids[:rows] == first.ids[:rows]).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,15 @@
-"""Reader of SGLang's expert distribution recorder: the ``.pt`` files of its per_token, per_pass and stat modes."""
+"""Reader of SGLang's expert distribution recorder: the ``.pt`` files of its per_token, per_pass and stat modes.
+
+Each rank writes its own file. A folder of several ranks is one source: what they hold of the same tokens counts once
+(`tracekit.sources.ranks`); a file by itself is read as it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +23,9 @@ from tracekit.schema import VerifySteps, id_dtype
 from tracekit.sources.base import IngestOptions, RawCounts, RawRequest, Reader
 from tracekit.sources.bundle import Item, as_item, refuse_shared
 from tracekit.sources.checks import CHUNK_IDS
-from tracekit.sources.files import allocate, file_size
-from tracekit.sources.passes import Kind, Pass, Stitched, stitch
+from tracekit.sources.files import allocate, file_size, reading
+from tracekit.sources.passes import UNKNOWN, Kind, Pass, Step, Stitched, stitch
+from tracekit.sources.ranks import EMPTY, RankDump, merged
 from tracekit.sources.torchfile import is_torch, load_torch, mentions
 
 _RECORDS, _MAP, _STAT, _PER_TOKEN, _PER_PASS = (
@@ -29,17 +37,92 @@ _RECORDS, _MAP, _STAT, _PER_TOKEN, _PER_PASS = (
 )
 _DECODE, _MIXED, _VERIFY = 2, 3, 5
 """SGLang's ``ForwardMode``; other modes are told by their lengths."""
-_EMPTY = -1
-"""Dense layers, columns above the model's k, and rows that were not captured."""
 _ENGINE = "sglang"
 _MOST_EXPERTS = 1 << 16
+_NAME = re.compile(r"expert_distribution_recorder_([\d.]{1,32})_(\d{1,6})\.pt")
 
 
 def _sniff(path: Path, head: bytes) -> bool:
     return is_torch(path, head) and (mentions(path, _RECORDS, _MAP) or mentions(path, _STAT))
 
 
+def _ranks(folder: Path) -> list[Path]:
+    """Return the files of a folder that holds those of several ranks, in the order of ranks and times."""
+    with reading(str(folder)):
+        named = [(int(found[2]), found[1], path) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name))]
+    return [path for _, _, path in sorted(named)] if len({rank for rank, _, _ in named}) > 1 else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Dump:
+    """What is in a file of records."""
+
+    path: Path
+    records: list[dict[Any, Any]]
+    items: list[Item]
+    location: _Location
+    per_token: bool
+
+    def tokens(self) -> bytes:
+        """Return a digest of the tokens that the passes had, and of their positions."""
+        digest = hashlib.blake2b()
+        for i, (record, item) in enumerate(zip(self.records, self.items, strict=True)):
+            digest.update(str(record.get("forward_mode")).encode())
+            for key in ("input_ids", "positions"):
+                digest.update(_column(record, key, item.shape[1], f"{self.path}, record {i}").tobytes())
+        return digest.digest()
+
+
 def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest | RawCounts]:
+    if not path.is_dir():
+        yield from _requests([_open(path)])
+        return
+    groups: dict[tuple[bytes, int], list[Path]] = {}
+    seen: Counter[tuple[bytes, str]] = Counter()
+    for file in _ranks(path):
+        dump = _open(file)
+        alike = dump.tokens() if isinstance(dump, _Dump) and dump.per_token else file.name.encode()
+        # A rank that recorded the same twice did run it twice.
+        rank = alike, file.stem.rpartition("_")[2]
+        groups.setdefault((alike, seen[rank]), []).append(file)
+        seen[rank] += 1
+    before = 0
+    for files in groups.values():
+        for raw in _requests([_open(file) for file in files]):
+            if len(groups) > 1:
+                raw.part = "/".join(part for part in (files[0].stem, raw.part) if part is not None)
+            raw.consumed += before
+            yield raw
+        before += sum(map(file_size, files))
+
+
+def _requests(dumps: Sequence[_Dump | RawCounts]) -> Iterator[RawRequest | RawCounts]:
+    """Yield what is in a file, or in those of several ranks that had the same tokens."""
+    dump = dumps[0]
+    if isinstance(dump, RawCounts):
+        yield dump
+        return
+    if not dump.per_token:
+        yield _per_pass(dump.path, dump.items, dump.location)
+        return
+    ranks = [RankDump(d.path, d.items, d.location.table) for d in dumps if isinstance(d, _Dump)]
+    for i, item in enumerate(dump.items):
+        dump.location.check(item.shape, f"{dump.path}, record {i}")
+    items, copies = merged(ranks) if len(ranks) > 1 else (dump.items, [])
+    for raw in _per_token(dump.path, dump.records, items, dump.location):
+        if copies:
+            raw.notes += (f"ranks with the same tokens as another one count once: {_names(copies)} left out",)
+        if stages := [rank.path for rank in ranks[1:] if rank.path not in copies]:
+            raw.notes += (f"layers of the same tokens were put together from several ranks: {_names(stages)}",)
+        yield raw
+
+
+def _names(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(path.name for path in paths[:5]) + more
+
+
+def _open(path: Path) -> _Dump | RawCounts:
     content = load_torch(path)
     where = str(path)
     if not isinstance(content, dict):
@@ -47,8 +130,7 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest | RawCounts
             f"holds a {type(content).__name__}", where=where, expected="what SGLang's recorder dumps: a dict"
         )
     if _STAT in content:
-        yield _stat(path, _numbers(content, _STAT, where, (2, 3)))
-        return
+        return _stat(path, _numbers(content, _STAT, where, (2, 3)))
     records = content.get(_RECORDS)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise SourceError("has no list of records", where=where, expected=f"{_RECORDS} and {_MAP}, or {_STAT}")
@@ -65,10 +147,7 @@ def _read(path: Path, options: IngestOptions) -> Iterator[RawRequest | RawCounts
         for i, record in enumerate(records)
     ]
     refuse_shared(items, path)
-    if key == _PER_PASS:
-        yield _per_pass(path, items, location)
-    else:
-        yield from _per_token(path, records, items, location)
+    return _Dump(path, records, items, location, key == _PER_TOKEN)
 
 
 def _numbers(source: dict[Any, Any], key: str, where: str, axes: tuple[int, ...]) -> Item:
@@ -186,7 +265,9 @@ def _per_token(
         raise SourceError("has no row with routing in every MoE layer", where=str(path))
     placed = [] if result is None else [_placed(sequence, rows) for sequence in result.sequences]
     count = sum(len(numbers) for numbers, _ in placed)
-    count += sum(rejected for sequence in (result.sequences if result else ()) for rejected in _rejected(sequence))
+    # Rows of steps that are kept in no place are rejected drafts, or those of which nobody knows.
+    count += sum(len(s.depth) for sequence in (result.sequences if result else ()) for s in sequence.steps)
+    count -= sum(row != UNKNOWN for q in (result.sequences if result else ()) for s in q.steps for row in s.kept())
     if reason is None and 2 * count < total:
         reason = "requests at equal positions cannot be told from each other"
     if reason is not None or result is None:
@@ -197,6 +278,11 @@ def _per_token(
         notes.append(
             f"{result.cut} requests were cut where requests at the same position ended or began together: which row is "
             "whose is not recorded"
+        )
+    if any(UNKNOWN in sequence.rows for sequence in result.sequences):
+        notes.append(
+            "drafts form trees: which of several rows at the same depth was accepted is not recorded, so those "
+            "positions are missing from the routing; the verification steps are complete"
         )
     if any(sequence.prompt_len is None for sequence in result.sequences):
         notes.append(
@@ -231,26 +317,30 @@ def _per_token(
         )
 
 
-def _rejected(sequence: Stitched) -> Iterator[int]:
-    """Yield the rows of rejected drafts of each step."""
-    return (count - accepted - 1 for _, _, count, accepted in sequence.steps)
-
-
 def _placed(sequence: Stitched, rows: _Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the numbers and the positions of a sequence's complete rows."""
     numbers = np.asarray(sequence.rows, np.int64)
-    complete = rows.complete[numbers]
+    complete = (numbers != UNKNOWN) & rows.complete[numbers]
     positions = sequence.first_pos + np.arange(len(numbers))
     return numbers[complete], positions[complete]
 
 
 def _steps(sequence: Stitched, rows: _Rows) -> VerifySteps | None:
-    whole = [step for step in sequence.steps if rows.complete[step[1] : step[1] + step[2]].all()]
+    whole = [step for step in sequence.steps if rows.complete[step.row : step.row + len(step.depth)].all()]
     if not whole:
         return None
-    start, first, count, accepted = (np.array(column, np.int64) for column in zip(*whole, strict=True))
-    numbers = np.concatenate([np.arange(row, row + n) for row, n in zip(first, count, strict=True)])
-    return VerifySteps(start_pos=start, n_rows=count, n_accepted=accepted, ids=rows.ids[numbers])
+    numbers = np.concatenate([np.arange(step.row, step.row + len(step.depth)) for step in whole])
+    return VerifySteps(
+        start_pos=np.array([step.start for step in whole]),
+        n_rows=np.array([len(step.depth) for step in whole]),
+        n_accepted=np.array([step.accepted for step in whole]),
+        ids=rows.ids[numbers],
+        depth=np.concatenate([step.depth for step in whole]) if any(map(_is_tree, whole)) else None,
+    )
+
+
+def _is_tree(step: Step) -> bool:
+    return bool((np.diff(step.depth) != 1).any())
 
 
 def _counts_of(path: Path, rows: _Rows, location: _Location, reason: str) -> RawCounts:
@@ -312,12 +402,11 @@ def _rows(
 
 def _used(item: Item, location: _Location, where: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which layers, and which columns, hold anything but -1."""
-    location.check(item.shape, where)
     table = item.load()
     if table.dtype.kind == "u":
         raise SourceError(f"{_PER_TOKEN} is {table.dtype}", where=where, expected="signed integers, -1 for nothing")
-    if table.size and (table.min() < _EMPTY or table.max() >= location.physical):
-        worst = int(table.min()) if table.min() < _EMPTY else int(table.max())
+    if table.size and (table.min() < EMPTY or table.max() >= location.physical):
+        worst = int(table.min()) if table.min() < EMPTY else int(table.max())
         raise SourceError(
             f"physical expert {worst} of {location.physical}",
             where=where,
@@ -327,7 +416,7 @@ def _used(item: Item, location: _Location, where: str) -> tuple[NDArray[np.bool_
     layers, columns = np.zeros(table.shape[0], bool), np.zeros(table.shape[2], bool)
     step = max(1, CHUNK_IDS // max(1, math.prod(table.shape[::2])))
     for start in range(0, table.shape[1], step):
-        filled = table[:, start : start + step] != _EMPTY
+        filled = table[:, start : start + step] != EMPTY
         layers |= filled.any(axis=(1, 2))
         columns |= filled.any(axis=(0, 1))
     return layers, columns
@@ -345,7 +434,7 @@ def _fill(
     table, missing = item.load(), np.zeros(len(complete), bool)
     for entry, layer in enumerate(layers):
         physical = table[layer, :, :top_k]
-        absent = physical == _EMPTY
+        absent = physical == EMPTY
         missing |= absent.any(axis=1)
         ids[:, entry] = location.table[layer][np.where(absent, 0, physical)]
     complete[:] = ~missing
@@ -389,4 +478,5 @@ READER = Reader(
     example="sglang … --expert-distribution-recorder-mode per_token: expert_distribution_recorder_TIME_RANK.pt",
     sniff=_sniff,
     read=_read,
+    folder=_ranks,
 )

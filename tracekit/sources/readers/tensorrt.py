@@ -30,8 +30,9 @@ def _ranks(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def _is_folder(folder: Path) -> bool:
-    return (folder / _META).is_file() and bool(_ranks(folder))
+def _files(folder: Path) -> list[Path]:
+    ranks = _ranks(folder)
+    return [folder / _META, *ranks] if ranks and (folder / _META).is_file() else []
 
 
 def _read(folder: Path, options: IngestOptions) -> Iterator[RawCounts]:
@@ -115,5 +116,5 @@ READER = Reader(
     example="EXPERT_STATISTIC_PATH/meta_info.json, rank0.safetensors {'100_3': int64[experts], …}",
     sniff=lambda path, head: False,
     read=_read,
-    folder=_is_folder,
+    folder=_files,
 )
