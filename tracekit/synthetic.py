@@ -19,6 +19,8 @@ The kinds:
     Each request repeats one set per layer.
 ``cycle``
     Each request walks through P = floor(N / k) disjoint sets in turn.
+``law``
+    What a :class:`tracekit.economics.law.RoutingLaw` says, such as one fitted to a trace.
 
 The popularity kinds draw by systematic sampling (Madow 1949): with cumulative probabilities laid out
 on a line of length k and one uniform u, the experts at u, u+1, ..., u+k-1 are chosen. Unlike Gumbel
@@ -33,7 +35,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +43,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from tracekit.economics.law import NEGLIGIBLE, RoutingLaw, absence, inclusion
+from tracekit.economics.law_file import load
 from tracekit.errors import UsageError
 from tracekit.schema import Request, TraceMeta, id_dtype
 
@@ -156,19 +160,9 @@ class _Uniform:
 def _probabilities(weights: Floats, top_k: int) -> NDArray[np.int64]:
     """Scale weights ``[..., N]`` to inclusion probabilities in units of 1 / _UNITS.
 
-    They sum to ``top_k`` and none exceeds 1: what would, is capped and the others share the rest.
+    They sum to ``top_k`` and none exceeds 1.
     """
-    capped = np.zeros(weights.shape, dtype=bool)
-    while True:
-        free = np.where(capped, 0.0, weights)
-        left = top_k - capped.sum(axis=-1, keepdims=True)
-        rest = np.maximum(free.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-        p = np.where(capped, 1.0, free * (left / rest))
-        over = p > 1
-        if not over.any():
-            break
-        capped |= over
-    scaled = p * _UNITS
+    scaled = inclusion(weights, top_k) * _UNITS
     units: NDArray[np.int64] = np.floor(scaled).astype(np.int64)
     # Largest remainders get the missing units; a capped expert has no remainder and cannot overflow.
     missing = top_k * _UNITS - units.sum(axis=-1, keepdims=True)
@@ -259,6 +253,130 @@ class _Popular:
 
     def label(self, request: int) -> str | None:
         return f"topic-{request % self.labels}" if self.labels > 1 else None
+
+
+@dataclass(frozen=True)
+class _Lawful:
+    """A law of routing: requests tilt the popularity, passages their requests, and some tokens repeat."""
+
+    shape: _Shape
+    law: RoutingLaw
+
+    @cached_property
+    def _popularity(self) -> Floats:
+        """Popularity of each expert ``[layers, N]``."""
+        s = self.shape
+        return np.random.default_rng([s.seed, 0]).permuted(self.law.popularity(), axis=1)
+
+    def _units(self, request: int) -> NDArray[np.int64]:
+        """Inclusion probabilities of a request ``[layers, N]`` in units of 1 / _UNITS."""
+        s = self.shape
+        rng = np.random.default_rng([s.seed, 1, request])
+        tilted = [
+            _dirichlet(p, layer.request, s.top_k, rng)
+            for p, layer in zip(self._popularity, self.law.layers, strict=True)
+        ]
+        return _probabilities(np.stack(tilted), s.top_k)
+
+    def draw(self, rng: np.random.Generator, request: int, tokens: int) -> Ids:
+        s = self.shape
+        units = self._units(request)
+        keep, stay = (self.law.parameter(name) for name in ("keep", "stay"))
+        fresh = rng.random((tokens, s.num_layers)) >= stay
+        fresh[0] = True
+        turns = fresh & (rng.random((tokens, s.num_layers)) >= keep)
+        turns[0] = False
+        passage = turns.cumsum(axis=0)
+        ids = np.empty((tokens, s.num_layers, s.top_k), id_dtype(s.num_experts))
+        for i, layer in enumerate(self.law.layers):
+            own = np.tile(units[i], (int(passage[-1, i]) + 1, 1))
+            held = np.zeros(own.shape)
+            np.put_along_axis(held, _systematic(own, np.arange(len(own)), rng), layer.anchor, axis=1)
+            mixed = _probabilities((1 - layer.anchor) * own / _UNITS + held, s.top_k)
+            ids[:, i] = _systematic(mixed, passage[:, i], rng)
+        source = np.where(fresh, np.arange(tokens, dtype=np.intp)[:, None], 0)
+        np.maximum.accumulate(source, axis=0, out=source)
+        return _rotate(np.take_along_axis(ids, source[:, :, None], axis=0), rng)
+
+    def expect(self, windows: Sequence[int], lags: Sequence[int]) -> dict[str, dict[int, float]]:
+        s, longest = self.shape, max(windows)
+        anchor, keep, stay = (self.law.parameter(name)[:, None] for name in ("anchor", "keep", "stay"))
+        same = (stay + (1 - stay) * keep)[:, 0]
+        pool = np.zeros((s.num_layers, s.num_experts))
+        starts, pairs = dict.fromkeys(windows, 0), dict.fromkeys(lags, 0)
+        observed, independent = dict.fromkeys(windows, 0.0), dict.fromkeys(windows, 0.0)
+        shared = dict.fromkeys(lags, 0.0)
+        for request, length in enumerate(int(n) for n in s.decode_lengths):
+            p = self._units(request) / _UNITS
+            pool += length / s.decode_lengths.sum() * p
+            absent = absence(p, longest, anchor, keep, stay)
+            for t in windows:
+                weight = max(0, length - t + 1)
+                starts[t] += weight
+                observed[t] += weight * _union(absent[t - 1])
+                independent[t] += weight * _union((1 - p) ** t)
+            apart = np.square(p).sum(axis=-1) / s.top_k
+            near = apart + (1 - apart) * anchor[:, 0] ** 2
+            for d in lags:
+                weight = max(0, length - d)
+                pairs[d] += weight
+                overlap = apart + (near - apart) * same**d + (1 - near) * stay[:, 0] ** d
+                shared[d] += weight * float(overlap.mean())
+        return {
+            "unique": {t: observed[t] / starts[t] for t in windows},
+            "overlap": {d: shared[d] / pairs[d] for d in lags},
+            "popularity": {t: _union((1 - pool) ** t) for t in windows},
+            "request": {t: independent[t] / starts[t] for t in windows},
+        }
+
+    def label(self, request: int) -> str | None:
+        return None
+
+
+_MOST_ATOMS = 4096
+"""Sets that make up a request's draw from the Dirichlet process, at most."""
+
+
+def _dirichlet(p: Floats, spread: float, top_k: int, rng: np.random.Generator) -> Floats:
+    """Draw inclusion probabilities ``[N]`` around ``p`` from a Dirichlet process over sets, by breaking a stick.
+
+    What is left when it is shorter than a unit (Sethuraman, 1994) goes to ``p`` itself, so their mean is exact.
+    """
+    if spread < NEGLIGIBLE:
+        return p
+    concentration = (1 - spread) / spread
+    atoms = min(_MOST_ATOMS, int(np.ceil(concentration * np.log(_UNITS))) + 1)
+    broken = rng.beta(1, concentration, size=atoms)
+    left = np.cumprod(1 - broken)
+    weights = broken * np.concatenate([[1.0], left[:-1]])
+    sets = _systematic(_probabilities(p, top_k)[None], np.zeros(atoms, np.intp), rng)
+    drawn = np.bincount(sets.ravel(), np.repeat(weights, top_k), minlength=len(p))
+    return np.asarray(drawn + left[-1] * p)
+
+
+def _systematic(units: NDArray[np.int64], rows: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
+    """Draw one set for each of ``rows``, by systematic sampling with that row's probabilities.
+
+    Parameters
+    ----------
+    units
+        ``[rows, N]`` in units of 1 / _UNITS, each row's sum being k of them.
+    rows
+        Which row each set is drawn with ``[sets]``.
+
+    Returns
+    -------
+    ndarray
+        Ids ``[sets, k]``.
+    """
+    order = rng.permutation(units.shape[1])
+    ends = np.cumsum(units[:, order], axis=1)
+    length = int(ends[0, -1])
+    # The lines of all rows one after the other: looking experts up is one search.
+    ends += np.arange(len(units))[:, None] * length
+    at = rng.integers(0, _UNITS, size=(len(rows), 1)) + np.arange(length // _UNITS) * _UNITS
+    found = np.searchsorted(ends.ravel(), at + rows[:, None] * length, side="right")
+    return np.asarray(order[found % units.shape[1]], np.intp)
 
 
 def _union(absent: Floats) -> float:
@@ -454,11 +572,12 @@ class SynthTrace:
 
 
 def synth(
-    kind: str,
+    kind: str | None = None,
     *,
-    num_experts: int = 64,
-    top_k: int = 8,
-    layers: int = 4,
+    law: RoutingLaw | str | Path | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    layers: int | None = None,
     requests: int = 16,
     tokens: int | tuple[int, int] = 256,
     prompt: int = 0,
@@ -470,13 +589,16 @@ def synth(
     Parameters
     ----------
     kind
-        One of :data:`KINDS`: ``uniform``, ``skewed``, ``sticky``, ``topical``, ``repeat``, ``cycle``.
+        One of :data:`KINDS`: ``uniform``, ``skewed``, ``sticky``, ``topical``, ``repeat``, ``cycle``; ``law`` or None
+        with a law.
+    law
+        A law of routing to draw from, such as ``tk.fit_law`` returns, or the JSON file of one.
     num_experts
-        N, routed experts per layer.
+        N, routed experts per layer. Default: the law's, or 64.
     top_k
-        k, routed experts per token.
+        k, routed experts per token. Default: the law's, or 8.
     layers
-        MoE layers L.
+        MoE layers L. Default: the law's, or 4. Other N, k or L than the law's hold its parameters.
     requests
         Number of requests.
     tokens
@@ -500,15 +622,23 @@ def synth(
     ------
     UsageError
         If the kind or a shape parameter is unknown, or a value is out of range.
+    SourceError
+        If the law's file cannot be read or is not a law.
     """
-    if kind not in _KINDS:
-        raise UsageError(f"the kind {kind!r}", expected=f"one of {', '.join(KINDS)}")
-    known = _KINDS[kind].defaults
-    unknown = sorted(set(shape) - set(known))
-    if unknown:
-        takes = f"{kind} takes {', '.join(known)}" if known else f"{kind} takes none"
-        raise UsageError(f"the parameter {unknown[0]!r}", expected=takes)
-    values = {**known, **shape}
+    make: Callable[..., _Law]
+    if law is not None or kind in (None, "law"):
+        fitted = _law_for(kind, law, num_experts, top_k, layers, shape)
+        num_experts, top_k, layers = fitted.num_experts, fitted.top_k, len(fitted.layers)
+        kind, make, values = "law", partial(_Lawful, law=fitted), {}
+        about: Mapping[str, Any] = {"law": dict(fitted.source)}
+    elif kind in _KINDS:
+        make, about = _KINDS[kind].make, {}
+        values = _shape_of(kind, shape)
+    else:
+        raise UsageError(f"the kind {kind!r}", expected=f"one of {', '.join(KINDS)}, law")
+    num_experts, top_k, layers = (
+        default if given is None else given for given, default in ((num_experts, 64), (top_k, 8), (layers, 4))
+    )
     low, high = tokens if isinstance(tokens, tuple) else (tokens, tokens)
     _check(num_experts, top_k, layers, requests, low, high, prompt, seed, values)
     if "labels" in values:
@@ -516,7 +646,7 @@ def synth(
 
     rng = np.random.default_rng([seed, 3])
     lengths = rng.integers(low, high + 1, size=requests, dtype=np.int64)
-    law = _KINDS[kind].make(_Shape(num_experts, top_k, layers, lengths - prompt, seed), **values)
+    drawn_by = make(_Shape(num_experts, top_k, layers, lengths - prompt, seed), **values)
     meta = TraceMeta(
         num_experts=num_experts,
         top_k=top_k,
@@ -526,9 +656,43 @@ def synth(
         engine="tracekit synth",
         id_space="logical",
         router_order=True,
-        extra={"kind": kind, "seed": seed, **values},
+        extra={"kind": kind, "seed": seed, **values, **about},
     )
-    return SynthTrace(kind=kind, meta=meta, lengths=lengths, prompt=prompt, seed=seed, _law=law)
+    return SynthTrace(kind=kind, meta=meta, lengths=lengths, prompt=prompt, seed=seed, _law=drawn_by)
+
+
+def _shape_of(kind: str, shape: Mapping[str, float]) -> dict[str, float]:
+    """Return the shape parameters of a kind, given or by default."""
+    known = _KINDS[kind].defaults
+    unknown = sorted(set(shape) - set(known))
+    if unknown:
+        takes = f"{kind} takes {', '.join(known)}" if known else f"{kind} takes none"
+        raise UsageError(f"the parameter {unknown[0]!r}", expected=takes)
+    values = {**known, **shape}
+    if "labels" in values and float(values["labels"]).is_integer():
+        values["labels"] = int(values["labels"])
+    return values
+
+
+def _law_for(
+    kind: str | None,
+    law: RoutingLaw | str | Path | None,
+    num_experts: int | None,
+    top_k: int | None,
+    layers: int | None,
+    shape: Mapping[str, float],
+) -> RoutingLaw:
+    """Return the law to draw from, in the shape asked for."""
+    if law is None:
+        what = "a kind or a law" if kind is None else "a law with the kind 'law'"
+        raise UsageError("no law to draw from", expected=what, remedy="Fit one to a trace: tracekit law")
+    if kind not in (None, "law"):
+        raise UsageError(f"the kind {kind!r} and a law", expected="one of them")
+    if shape:
+        raise UsageError(f"the parameter {min(shape)!r}", expected="law takes none: the law has them")
+    if not isinstance(law, RoutingLaw):
+        law = load(law)
+    return law.reshaped(num_experts=num_experts, top_k=top_k, layers=layers)
 
 
 def _check(

@@ -19,6 +19,7 @@ KINDS = {
     "topical": "skew that differs by label and request, and sticky tokens: all causes",
     "repeat": "each request repeats one set of experts",
     "cycle": "each request walks through disjoint sets in turn",
+    "law": "what the law in --law says, such as one that tracekit law fitted to a trace",
 }
 SHAPE = ("skew", "stay", "labels", "label_tilt", "request_tilt")
 
@@ -36,15 +37,16 @@ def lengths(value: str) -> int | tuple[int, int]:
     "synth",
     examples=[
         "tracekit synth sticky sticky.npz --num-experts 64 --top-k 8 --seed 7",
+        "tracekit synth law like-chat.npz --law law.json --requests 64 --tokens 200-500",
         "tracekit ingest sticky.npz --requests sticky.requests.json --store traces",
     ],
     kinds=KINDS,
 )
 @click.argument("kind", metavar="KIND", type=one_of(KINDS))
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--num-experts", type=int, default=64, show_default=True, help="Routed experts per layer, N.")
-@click.option("--top-k", type=int, default=8, show_default=True, help="Routed experts per token, k.")
-@click.option("--layers", type=int, default=4, show_default=True, help="MoE layers.")
+@click.option("--num-experts", type=int, help="Routed experts per layer, N. [default: 64, or the law's]")
+@click.option("--top-k", type=int, help="Routed experts per token, k. [default: 8, or the law's]")
+@click.option("--layers", type=int, help="MoE layers. [default: 4, or the law's]")
 @click.option("--requests", type=int, default=16, show_default=True, help="Number of requests.")
 @click.option(
     "--tokens",
@@ -56,6 +58,7 @@ def lengths(value: str) -> int | tuple[int, int]:
 )
 @click.option("--prompt", type=int, default=0, show_default=True, help="Prompt tokens of each request.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
+@click.option("--law", type=click.Path(path_type=Path), help="Law of routing to draw from, a JSON file (law).")
 @click.option("--skew", type=float, help="Zipf exponent of the popularity (skewed, topical).")
 @click.option("--stay", type=float, help="Probability that a token keeps the experts before it (sticky, topical).")
 @click.option("--labels", type=int, help="Number of labels (topical).")
