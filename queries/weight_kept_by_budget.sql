@@ -1,0 +1,144 @@
+-- Router weight that a verification window keeps under a budget of experts.
+--
+-- One row per trace and budget m = 1, 2, ... up to the most experts that a window uses, computed from the activations
+-- alone: the whole curve. At most m experts per layer are loaded, those that the tokens of the window weigh most
+-- together (of equal weight the lower id), and the others' part is dropped. Weights are shares of the token's own sum.
+-- Windows slide over consecutive positions of one request and one phase, never across a hole or a token without
+-- weights; every window weighs the same and layers are averaged with equal weight. Only traces with router weights.
+--
+-- needs: nothing
+-- param trace VARCHAR = NULL: name of one trace; NULL takes all
+-- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where the trace has it, else what there is
+-- param window INTEGER = 4: window length T [tokens]
+-- param percent INTEGER = 90: share of the window's weight for experts_for_share [percent]
+-- column trace VARCHAR: name of the trace
+-- column phase VARCHAR: phase the windows lie in
+-- column window INTEGER: window length T [tokens]
+-- column budget BIGINT: m, experts per layer that may be loaded [experts]
+-- column n_windows BIGINT: windows of this length, in the layer that has most
+-- column unique_experts DOUBLE: mean unique experts per window without a budget [experts]
+-- column experts_for_share DOUBLE: mean of the fewest experts that carry the share of the window's weight [experts]
+-- column loaded DOUBLE: mean experts loaded under the budget [experts]
+-- column per_top_k DOUBLE: loaded / k [loads of a single token]
+-- column weight_kept DOUBLE: share of the window's weight that the loaded experts carry [fraction]
+-- column tokens_intact DOUBLE: tokens of windows all of whose experts are loaded [fraction]
+with scope as (
+    select trace, coalesce(getvariable('phase'), default_phase) as phase, top_k
+    from traces
+    where trace = coalesce(getvariable('trace'), trace)
+),
+asked as (
+    select
+        coalesce(getvariable('window'), 4)::integer as "window",
+        coalesce(getvariable('percent'), 90) / 100 as share
+),
+-- A token without a usable weight (NaN, negative, all 0) is in no window.
+weighed as (
+    select
+        scope.trace,
+        a.request,
+        a.layer,
+        a.phase as part,
+        a.pos::bigint as pos,
+        a.expert,
+        a.weight::double as weight,
+        sum(a.weight::double) over token as total,
+        min(coalesce(a.weight >= 0 and isfinite(a.weight), false)) over token as usable
+    from activations as a
+    join scope on a.trace = scope.trace and (scope.phase = 'all' or a.phase = scope.phase)
+    window token as (partition by scope.trace, a.request, a.layer, a.pos)
+),
+shares as (
+    select trace, request, layer, part, pos, expert, weight / total as part_of_token
+    from weighed
+    where usable and total > 0
+),
+tokens as (
+    select trace, request, layer, pos, min(pos) over island as first_pos, max(pos) over island as last_pos
+    from (
+        select *, pos - row_number() over (partition by trace, request, layer, part order by pos) as run
+        from (select distinct trace, request, layer, part, pos from shares)
+    )
+    window island as (partition by trace, request, layer, part, run)
+),
+-- Each token in each of its windows, by the window's first position.
+members as (
+    select t.trace, t.request, t.layer, t.pos, t.pos - d.offset_in as start
+    from tokens as t
+    cross join asked
+    cross join (select unnest(generate_series(0, asked."window" - 1)) as offset_in from asked) as d
+    where t.pos - d.offset_in >= t.first_pos and t.pos - d.offset_in + asked."window" - 1 <= t.last_pos
+),
+ranked as (
+    select
+        *,
+        row_number() over best as rank,
+        sum(mass) over best as carried
+    from (
+        select m.trace, m.request, m.layer, m.start, s.expert, sum(s.part_of_token) as mass
+        from members as m
+        join shares as s using (trace, request, layer, pos)
+        group by all
+    )
+    window best as (partition by trace, request, layer, start order by mass desc, expert)
+),
+by_rank as (
+    select
+        trace,
+        layer,
+        rank,
+        count(*) as windows_with,
+        sum(mass) as mass,
+        count(*) filter (where carried - mass < asked.share * asked."window" - 1e-9) as needed
+    from ranked cross join asked
+    group by trace, layer, rank
+),
+deepest as (
+    select trace, layer, rank, count(*) as tokens
+    from (
+        select m.trace, m.layer, max(r.rank) as rank
+        from members as m
+        join shares as s using (trace, request, layer, pos)
+        join ranked as r using (trace, request, layer, start, expert)
+        group by m.trace, m.request, m.layer, m.start, m.pos
+    )
+    group by trace, layer, rank
+),
+layers as (
+    select trace, layer, max(windows_with) as n_windows, sum(windows_with) as uses, sum(needed) as needed
+    from by_rank
+    group by trace, layer
+),
+budgets as (
+    select trace, unnest(generate_series(1, max(rank))) as budget from by_rank group by trace
+),
+loads as (
+    select b.trace, b.budget, r.layer, sum(r.windows_with) as loaded, sum(r.mass) as mass
+    from budgets as b join by_rank as r on b.trace = r.trace and r.rank <= b.budget
+    group by all
+),
+intacts as (
+    select b.trace, b.budget, d.layer, sum(d.tokens) as tokens
+    from budgets as b join deepest as d on b.trace = d.trace and d.rank <= b.budget
+    group by all
+)
+select
+    l.trace,
+    scope.phase,
+    asked."window",
+    b.budget,
+    max(l.n_windows) as n_windows,
+    avg(l.uses / l.n_windows) as unique_experts,
+    avg(l.needed / l.n_windows) as experts_for_share,
+    avg(o.loaded / l.n_windows) as loaded,
+    avg(o.loaded / l.n_windows) / scope.top_k as per_top_k,
+    avg(o.mass / l.n_windows) / asked."window" as weight_kept,
+    avg(coalesce(i.tokens, 0) / l.n_windows) / asked."window" as tokens_intact
+from layers as l
+join budgets as b on l.trace = b.trace
+join loads as o on l.trace = o.trace and l.layer = o.layer and b.budget = o.budget
+left join intacts as i on l.trace = i.trace and l.layer = i.layer and b.budget = i.budget
+join scope on l.trace = scope.trace
+cross join asked
+group by l.trace, scope.phase, scope.top_k, asked."window", b.budget
+order by l.trace, b.budget;
