@@ -3,7 +3,7 @@
 -- One row per trace and batch size, sliding windows of one length: the union over one window of each of
 -- B requests, its baselines and the reductions, as the windows metric computed them.
 --
--- needs: windows(max_window=$window, batch_size=1 2 4 8 16 32 64)
+-- needs: windows(max_window=$window, batch_size=1 2 4 8 16 32 64 128 256)
 -- param trace VARCHAR = NULL: name of one trace; NULL takes all
 -- param phase VARCHAR = NULL: decode, prefill or all; NULL takes decode where it was computed, else what there is
 -- param window INTEGER = 4: window length T [tokens]; NULL takes 4, or the longest that a trace of short requests has
@@ -40,7 +40,7 @@
 -- column num_experts INTEGER: N, routed experts per layer
 -- column top_k INTEGER: k, routed experts per token
 select
-    r.* exclude ("by", layer, label, request_id, intervals, seed, overlapping),
+    r.* exclude ("by", layer, label, request_id, intervals, seed, overlapping, "distinct"),
     t.model,
     t.num_experts,
     t.top_k
@@ -48,6 +48,7 @@ from windows as r
 join traces as t on r.trace = t.trace
 where r."by" = 'trace'
     and r.overlapping
+    and not r."distinct"
     and coalesce(r."window" = getvariable('window'), r."window" <= 4)
     and r.trace = coalesce(getvariable('trace'), r.trace)
     and r.phase = coalesce(getvariable('phase'), t.default_phase)

@@ -40,7 +40,7 @@
 -- column num_experts INTEGER: N, routed experts per layer
 -- column top_k INTEGER: k, routed experts per token
 select
-    r.* exclude ("by", layer, label, request_id, intervals, seed, overlapping),
+    r.* exclude ("by", layer, label, request_id, intervals, seed, overlapping, "distinct"),
     t.model,
     t.num_experts,
     t.top_k
@@ -48,6 +48,7 @@ from windows as r
 join traces as t on r.trace = t.trace
 where r."by" = 'trace'
     and r.overlapping
+    and not r."distinct"
     and r.batch_size = coalesce(getvariable('batch_size'), 1)
     and r.trace = coalesce(getvariable('trace'), r.trace)
     and r.phase = coalesce(getvariable('phase'), t.default_phase)

@@ -35,6 +35,7 @@ with chosen as (
     from windows as w
     where "by" = 'label'
         and overlapping
+        and not "distinct"
         and batch_size = 1
         and coalesce("window" = getvariable('window'), "window" <= 4)
         and trace = coalesce(getvariable('trace'), trace)

@@ -24,6 +24,7 @@ with picked as (
     from windows as w
     where "by" = 'trace'
         and overlapping
+        and not "distinct"
         and coalesce("window" = getvariable('window'), "window" <= 4)
         and trace = coalesce(getvariable('trace'), trace)
         and phase = coalesce(
@@ -74,17 +75,22 @@ figures as (
     union all
 
     select w.trace, w.phase, 2, i.place, 'unique experts, T = ' || w."window", i.measure, i.baseline, i.value, i.lo, i.hi,
-        i.unit, coalesce(i.note, case
+        i.unit, nullif(concat_ws('; ', i.note, case
             when i.value not between i.lo and i.hi then 'biased: the interval leaves out the estimate'
-        end)
+        end), '')
     from picked as w
+    join traces as t on w.trace = t.trace
     cross join lateral (
         values
             (1, 'expected', 'uniform', w.expected_uniform, null, null, 'experts', 'every k-subset equally likely'),
             (2, 'expected', 'popularity', w.expected_popularity, null, null, 'experts', 'independent tokens, skewed experts'),
             (3, 'expected', 'label', w.expected_label, null, null, 'experts', 'the same inside each label'),
             (4, 'expected', 'request', w.expected_request, null, null, 'experts', 'a request''s tokens in random order'),
-            (5, 'observed', null, w.observed, w.observed_lo, w.observed_hi, 'experts', null),
+            (5, 'observed', null, w.observed, w.observed_lo, w.observed_hi, 'experts', case
+                when w.phase = 'prefill' then null
+                when t.drafts_included then 'accepted-only; tracekit steps has the steps with rejected drafts'
+                else 'accepted-only: the trace has no rejected drafts'
+            end),
             (6, 'observed / k', null, w.per_top_k, null, null, 'loads of one token', null),
             (7, 'reduction', 'uniform', w.reduction_uniform, w.reduction_uniform_lo, w.reduction_uniform_hi, 'fraction', null),
             (8, 'reduction', 'popularity', w.reduction_popularity, w.reduction_popularity_lo, w.reduction_popularity_hi,

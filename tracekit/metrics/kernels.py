@@ -492,18 +492,25 @@ def _scan_run(ids: Any, start: int, n: int, bits: int, overlapping: bool, s: Any
 
 
 @njit(cache=True, nogil=True)
-def _scan_experts(
-    ids: Any, start: int, n: int, overlapping: bool, cell: Any, layer: Any, expert_windows: Any, last: Any
+def _scan_run_experts(
+    ids: Any, start: int, n: int, overlapping: bool, cell: Any, layer: Any, expert_windows: Any, last: Any, gaps: Any
 ) -> None:
-    """Add, per expert and window length, the windows of one run that contain the expert.
+    """Count the windows of one run as :func:`scan_experts` does.
 
-    ``expert_windows`` is ``[cells, L, T, N]`` int64, ``last`` scratch ``[N]`` int64. With t the token, g the distance
-    to the expert's previous use (t + 1 at its first), an occurrence adds max(0, min(g, T) - max(0, t - (n - T)))
-    windows.
+    With t the token, g the distance to the expert's previous use (t + 1 at its first), an occurrence adds
+    max(0, min(g, T) - max(0, t - (n - T))) windows. For all but the run's last tokens that is min(g, T): there
+    ``gaps[g - 1]`` grows by one, the last row standing for all larger distances, which does for every T.
     """
-    max_window = min(expert_windows.shape[2], n)
+    longest = expert_windows.shape[2]
+    max_window = min(longest, n)
+    middle = n - longest + 1 if overlapping and n >= longest else 0
     last[:] = -1
-    for t in range(n):
+    for t in range(middle):
+        for r in range(ids.shape[0]):
+            e = np.uint64(ids[r, start + t])
+            gaps[min(t - last[e], longest) - 1, e] += 1
+            last[e] = t
+    for t in range(middle, n):
         for r in range(ids.shape[0]):
             e = np.uint64(ids[r, start + t])
             gap = t - last[e]
@@ -517,6 +524,49 @@ def _scan_experts(
                 for w in range(1, max_window + 1):
                     if t % w < gap and t < (n // w) * w:
                         expert_windows[cell, layer, w - 1, e] += 1
+
+
+@njit(cache=True, nogil=True)
+def scan_experts(
+    ids: Any,
+    first_run: int,
+    end_run: int,
+    run_start: Any,
+    run_length: Any,
+    overlapping: bool,
+    cell: Any,
+    layer: Any,
+    expert_windows: Any,
+    last: Any,
+    gaps: Any,
+) -> None:
+    """Add, per expert and window length, the windows of one unit that contain the expert.
+
+    Parameters
+    ----------
+    ids, run_start, run_length, overlapping
+        As :func:`scan` takes them.
+    first_run, end_run
+        First run of the unit and one past its last.
+    expert_windows
+        ``[cells, L, T, N]`` int64.
+    last, gaps
+        Scratch, ``[N]`` and ``[T, N]`` int64.
+    """
+    gaps[:] = 0
+    for run in range(first_run, end_run):
+        _scan_run_experts(ids, run_start[run], run_length[run], overlapping, cell, layer, expert_windows, last, gaps)
+    # An occurrence at distance g adds min(g, T) windows: one for each distance up to T that g reaches.
+    longest = gaps.shape[0]
+    for g in range(longest - 2, -1, -1):
+        for e in range(gaps.shape[1]):
+            gaps[g, e] += gaps[g + 1, e]
+    for w in range(longest):
+        if w:
+            for e in range(gaps.shape[1]):
+                gaps[w, e] += gaps[w - 1, e]
+        for e in range(gaps.shape[1]):
+            expert_windows[cell, layer, w, e] += gaps[w, e]
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
@@ -623,6 +673,7 @@ def scan(
         np.zeros((max_window, max_window), np.int64),
     )
     last = np.zeros(num_experts, np.int64)
+    gaps = np.zeros((max_window if per_expert else 1, num_experts), np.int64)
     chosen, absent = np.zeros(num_experts), np.zeros(num_experts)
     inverse = np.zeros(max_window)
     unit_windows = np.zeros(max_window, np.int64)
@@ -644,8 +695,20 @@ def scan(
             for i in range(min(max_lag, n - 1)):
                 unit_pairs[i] += n - 1 - i
             _scan_run(ids, start, n, bits, overlapping, s, sums)
-            if per_expert:
-                _scan_experts(ids, start, n, overlapping, cell, layer, expert_windows, last)
+        if per_expert:
+            scan_experts(
+                ids,
+                unit_runs[u, 0],
+                unit_runs[u, 1],
+                run_start,
+                run_length,
+                overlapping,
+                cell,
+                layer,
+                expert_windows,
+                last,
+                gaps,
+            )
         for e in range(num_experts):
             counts[count_cell, layer, e] += sums.counts[e]
             chosen[e] = np.int32(sums.counts[e])  # 64-bit integers have no fast conversion

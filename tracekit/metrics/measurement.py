@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from tracekit.errors import UsageError
 from tracekit.metrics.attribution import telescope
 from tracekit.metrics.intervals import Interval, jackknife
-from tracekit.metrics.ladder import ladder
+from tracekit.metrics.ladder import ladder, ladders
 from tracekit.metrics.load import balance
-from tracekit.metrics.replicates import Replicates, layer_mean
+from tracekit.metrics.replicates import Replicates, layer_mean, output_groups
 from tracekit.metrics.state import MIN_REQUESTS, Accumulator, Cells, Spec
 from tracekit.schema import BASELINES, TraceMeta
 
@@ -27,48 +27,68 @@ class Measurement:
     """The sums of one pass over one trace. Its methods return frames; none reads the trace again."""
 
     def __init__(
-        self, meta: TraceMeta, requests: pl.DataFrame, spec: Spec, blocks: Iterable[Block], threads: int
+        self,
+        meta: TraceMeta,
+        requests: pl.DataFrame,
+        spec: Spec,
+        blocks: Iterable[Block],
+        threads: int,
+        jackknife_groups: Mapping[str, int] | None = None,
     ) -> None:
-        """Read ``blocks`` once; ``requests`` are the trace's requests in order."""
+        """Read ``blocks`` once; ``requests`` are the trace's requests in order, for the rest see ``Cells.assign``."""
         self.meta, self.spec = meta, spec
-        with Accumulator(meta, spec, requests, threads) as accumulator:
+        with Accumulator(meta, spec, requests, threads, jackknife_groups) as accumulator:
             for block in blocks:
                 accumulator.add(block)
         self.cells, self.state = accumulator.cells, accumulator.state
-        self._longest_run = accumulator.longest_run
+        self._longest_run, self._distinct = accumulator.longest_run, accumulator.distinct
 
-    def _groups(self) -> Iterator[tuple[Replicates, list[tuple[dict[str, Any], NDArray[np.int64]]]]]:
-        """Yield the sums of each output group with its rows: the group columns and the layers to average over."""
-        every = np.arange(len(self.meta.layers))
-        for g, key in enumerate(self.cells.groups):
-            rows: list[tuple[dict[str, Any], NDArray[np.int64]]] = [({}, every)]
-            if self.spec.by == "layer":
-                rows = [({"layer": layer}, every[i : i + 1]) for i, layer in enumerate(self.meta.layers)]
-            elif self.spec.by:
-                rows = [({"label" if self.spec.by == "label" else "request_id": key}, every)]
-            yield Replicates(self.meta, self.spec, self.cells, self.state, g), rows
+    def windows(self, batch_sizes: Iterable[int] = (1,), *, distinct: bool = False) -> pl.DataFrame:
+        """Return unique experts per verification window: one row per group, batch size and window length.
 
-    def windows(self, batch_sizes: Iterable[int] = (1,)) -> pl.DataFrame:
-        """Return unique experts per verification window: one row per group, batch size and window length."""
+        With ``distinct``, of the windows of distinct requests, each equally likely: without intervals, and without the
+        baselines whose requests weigh by their windows.
+        """
+        return self._batched("windows", batch_sizes, self._window_columns, distinct)
+
+    def expert_ratio(self, batch_sizes: Iterable[int]) -> pl.DataFrame:
+        """Return how many more experts a verification step loads than a step of one token a request, U(T, B) / U(1, B).
+
+        One row per group, batch size and window length.
+        """
+        return self._batched("expert_ratio", batch_sizes, self._ratio_columns)
+
+    def _batched(
+        self,
+        kind: str,
+        batch_sizes: Iterable[int],
+        columns_of: Callable[[dict[str, NDArray[np.float64]], NDArray[np.bool_]], dict[str, NDArray[Any]]],
+        distinct: bool = False,
+    ) -> pl.DataFrame:
+        """Return a frame with a row per group, batch size and window length, its columns made from the rungs."""
         batch_sizes = _batch_sizes(batch_sizes)
         rows: list[dict[str, Any]] = []
-        for r, groups in self._groups():
-            drawable = self._drawable(r.group, self.spec.max_window)
-            ladders = {b: ladder(r, b, drawable) for b in batch_sizes}
+        for r, groups in output_groups(self.meta, self.spec, self.cells, self.state):
+            drawable = self.drawable(r.group, self.spec.max_window)
             n_windows = r.state.n_windows[r.members].sum(axis=0)
-            for group, layers in groups:
-                for b in batch_sizes:
-                    columns = self._window_columns(
-                        {name: layer_mean(v, layers) for name, v in ladders[b].items()}, drawable >= MIN_REQUESTS
-                    )
-                    columns["n_windows"] = n_windows[layers].max(axis=0)
-                    rows += [
-                        {**group, "batch_size": b, "window": t} | {c: v[t - 1].item() for c, v in columns.items()}
+            found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+            for b, rungs in ladders(r, batch_sizes, drawable):
+                if distinct:
+                    assert self._distinct is not None
+                    rungs |= dict.fromkeys(("label", "request"), np.full_like(rungs["observed"], np.nan))
+                    rungs["observed"] = self._distinct.unique(r.group, b)[None]
+                for i, (group, layers) in enumerate(groups):
+                    means = {name: layer_mean(v, layers) for name, v in rungs.items()}
+                    columns = columns_of(means, drawable >= MIN_REQUESTS) | {"n_windows": n_windows[layers].max(axis=0)}
+                    found[i, b] = [
+                        {**group, "distinct": distinct, "batch_size": b, "window": t}
+                        | {c: v[t - 1].item() for c, v in columns.items()}
                         for t in range(1, self.spec.max_window + 1)
                     ]
-        return self._frame("windows", rows)
+            rows += [row for i in range(len(groups)) for b in batch_sizes for row in found[i, b]]
+        return self._frame(kind, rows)
 
-    def _drawable(self, group: int, longest: int) -> NDArray[np.int64]:
+    def drawable(self, group: int, longest: int) -> NDArray[np.int64]:
         """Return the requests of a group that have 1 .. ``longest`` consecutive tokens, ``[longest]``."""
         active = self.cells.cell >= 0
         mine = active & (self.cells.cell_group[np.where(active, self.cells.cell, 0)] == group)
@@ -80,14 +100,28 @@ class Measurement:
     ) -> dict[str, NDArray[Any]]:
         """Return the columns of one group and batch size, ``[T]`` each, from rungs ``[replicates, T]``."""
         observed = rungs["observed"]
-        columns = _columns("observed", jackknife(observed).where(enough))
+        columns = interval_columns("observed", jackknife(observed).where(enough))
         columns["per_top_k"] = observed[0] / self.meta.top_k
         for name in BASELINES:
             columns[f"expected_{name}"] = rungs[name][0]
             with np.errstate(invalid="ignore", divide="ignore"):
                 reduction = jackknife(1 - observed / rungs[name]).where(enough)
-            columns |= _columns(f"reduction_{name}", reduction, bias=True)
+            columns |= interval_columns(f"reduction_{name}", reduction, bias=True)
         return columns
+
+    def _ratio_columns(
+        self, rungs: dict[str, NDArray[np.float64]], enough: NDArray[np.bool_]
+    ) -> dict[str, NDArray[Any]]:
+        """Return the columns of one group and batch size, ``[T]`` each, from rungs ``[replicates, T]``."""
+        observed = rungs["observed"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratios = {name: rung / rung[:, :1] for name, rung in rungs.items()}
+        return {
+            **interval_columns("unique", jackknife(observed).where(enough)),
+            "unique_single": np.broadcast_to(observed[0, 0], observed.shape[1:]),
+            **interval_columns("ratio", jackknife(ratios["observed"]).where(enough)),
+            **{f"ratio_{name}": ratios[name][0] for name in ("uniform", "popularity", "request")},
+        }
 
     def autocorr(self) -> pl.DataFrame:
         """Return temporal autocorrelation of routing: one row per group and lag."""
@@ -95,13 +129,13 @@ class Measurement:
         k = self.meta.top_k
         shared = np.arange(1, k + 1)
         s = self.state
-        for r, groups in self._groups():
+        for r, groups in output_groups(self.meta, self.spec, self.cells, self.state):
             overlap = r.ratio((s.overlap_counts @ shared) / k, s.n_pairs)
             request = r.ratio(s.request_overlap_sum, s.n_pairs)[:1]
             counts = r.counts()[:1]
             with np.errstate(invalid="ignore", divide="ignore"):
                 popularity = (np.square(counts / r.tokens(counts)[..., None]).sum(axis=-1) / k)[..., None]
-            enough = self._drawable(r.group, self.spec.max_lag + 1)[1:] >= MIN_REQUESTS
+            enough = self.drawable(r.group, self.spec.max_lag + 1)[1:] >= MIN_REQUESTS
             pairs = r.total(s.n_pairs)[:1]
             pair_counts = r.total(s.overlap_counts)[:1]
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -116,7 +150,7 @@ class Measurement:
                 by_request = layer_mean(request, layers)[0]
                 columns: dict[str, NDArray[Any]] = {
                     "n_pairs": pairs[0, layers].max(axis=0),
-                    **_columns("overlap", jackknife(mean).where(enough)),
+                    **interval_columns("overlap", jackknife(mean).where(enough)),
                     "expected_uniform": np.full_like(by_request, k / self.meta.num_experts),
                     "expected_popularity": by_popularity,
                     "expected_request": by_request,
@@ -135,9 +169,9 @@ class Measurement:
         if not 2 <= window <= self.spec.max_window:
             raise UsageError(f"a window of {window} tokens", expected=f"2 to {self.spec.max_window}")
         rows: list[dict[str, Any]] = []
-        for r, groups in self._groups():
+        for r, groups in output_groups(self.meta, self.spec, self.cells, self.state):
             rungs = ladder(r)
-            enough = self._drawable(r.group, window)[-1] >= MIN_REQUESTS
+            enough = self.drawable(r.group, window)[-1] >= MIN_REQUESTS
             for group, layers in groups:
                 means = {name: layer_mean(v, layers)[:, window - 1] for name, v in rungs.items()}
                 rows += [
@@ -155,7 +189,7 @@ class Measurement:
         return load_of(self.meta, self.spec, groups)
 
     def _frame(self, kind: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
-        return _frame(self.spec, kind, rows)
+        return result_frame(self.spec, kind, rows)
 
 
 class Counted:
@@ -197,10 +231,10 @@ def load_of(meta: TraceMeta, spec: Spec, groups: Iterable[tuple[str | None, NDAr
             | {name: None if np.isnan(value[i]) else value[i].item() for name, value in measured.items()}
             for i, layer in enumerate(meta.layers)
         ]
-    return _frame(spec, "load", rows)
+    return result_frame(spec, "load", rows)
 
 
-def _frame(spec: Spec, kind: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
+def result_frame(spec: Spec, kind: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
     """Return rows as a frame with every column of the result's schema, NaN as null."""
     import polars as pl
 
@@ -221,7 +255,8 @@ def _batch_sizes(sizes: Iterable[int]) -> list[int]:
     return sizes
 
 
-def _columns(name: str, interval: Interval, *, bias: bool = False) -> dict[str, NDArray[np.float64]]:
+def interval_columns(name: str, interval: Interval, *, bias: bool = False) -> dict[str, NDArray[np.float64]]:
+    """Return an estimate and its interval as columns ``NAME``, ``NAME_lo``, ``NAME_hi`` (and ``NAME_bias``)."""
     columns = {name: interval.estimate, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
     return columns | ({f"{name}_bias": interval.bias} if bias else {})
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.metrics.kernels import expected_unique
-from tracekit.metrics.state import MIN_REQUESTS, Cells, Spec, State
+from tracekit.metrics.state import MIN_REQUESTS, Cells, Spec
 from tracekit.schema import TraceMeta
 
 
 class Replicates:
     """The sums of one output group; axis 0 of everything is replicate, 0 for the plain total."""
 
-    def __init__(self, meta: TraceMeta, spec: Spec, cells: Cells, state: State, group: int) -> None:
+    def __init__(self, meta: TraceMeta, spec: Spec, cells: Cells, state: Any, group: int) -> None:
         self.meta, self.spec, self.cells, self.state, self.group = meta, spec, cells, state, group
         self.requests = cells.group_requests[group]
         self.members = np.flatnonzero(cells.cell_group == group)
@@ -97,20 +98,51 @@ class Replicates:
         union = expected_unique(counts, self.tokens(counts), self.spec.max_window)
         return np.where(windows > 0, union * windows, 0.0)
 
-    def label_presence(self, replicate: int) -> NDArray[np.float64]:
-        """Return the share of windows that contain each expert by the labels' popularity, ``[L, T, N]``."""
+    def shares(self) -> Iterator[dict[str, NDArray[np.float64]]]:
+        """Yield, for each replicate, the share of windows that contain each expert: ``[L, T, N]`` under every rung.
+
+        All but ``uniform``, whose share needs no array; without those that the sums do not know.
+        """
+        s, counts = self.state, self.counts()
+        labels = self._label_shares() if self.cells.labels else None
+        totals = [_summed(sums, self.members) for sums in (s.n_windows, s.expert_windows, s.request_expert_windows)]
+        for i in range(len(self)):
+            shares = {"popularity": self.presence(counts[i])}
+            if len(s.expert_windows):
+                n, observed, request = totals
+                if i:
+                    cell = self.left_out[i - 1]
+                    n = n - s.n_windows[cell]
+                    observed, request = observed - s.expert_windows[cell], request - s.request_expert_windows[cell]
+                shares |= {"request": _share(request, n), "observed": _share(observed, n)}
+            if labels is not None:
+                shares["label"] = next(labels)
+            yield shares
+
+    def _label_shares(self) -> Iterator[NDArray[np.float64]]:
+        """Yield, for each replicate, the share of windows with each expert by the labels' popularity, ``[L, T, N]``."""
+        s = self.state
         labels, here = self.label_pools()
-        if replicate:
-            here = here[self.cells.count_cell_of[here] != self.left_out[replicate - 1]]
-        shape = (len(self.meta.layers), self.spec.max_window, self.meta.num_experts)
-        share, weight = np.zeros(shape), np.zeros((*shape[:2], 1))
+        pools = {label: here[self.cells.count_label[here] == label] for label in labels}
+        counts = {label: _summed(s.counts, pool) for label, pool in pools.items()}
+        windows = {label: _summed(s.label_windows, pool) for label, pool in pools.items()}
+
+        def weighted(counts: NDArray[np.int64], windows: NDArray[np.int64]) -> NDArray[np.float64]:
+            return np.where(windows[..., None] > 0, windows[..., None] * self.presence(counts), 0.0)
+
+        total = np.zeros((*s.label_windows.shape[1:], self.meta.num_experts))
         for label in labels:
-            pool = here[self.cells.count_label[here] == label]
-            windows = self.state.label_windows[pool].sum(axis=0)[..., None]
-            share += np.where(windows > 0, windows * self.presence(self.state.counts[pool].sum(axis=0)), 0.0)
-            weight += windows
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(weight > 0, share / weight, np.nan)
+            total += weighted(counts[label], windows[label])
+        weight = np.asarray(sum(windows.values()))
+        yield _share(total, weight)
+        for cell in self.left_out:
+            share, left = total.copy(), weight.copy()
+            for c in here[self.cells.count_cell_of[here] == cell]:
+                label = self.cells.count_label[c]
+                fewer = windows[label] - s.label_windows[c]
+                share += weighted(counts[label] - s.counts[c], fewer) - weighted(counts[label], windows[label])
+                left -= s.label_windows[c]
+            yield _share(share, left)
 
     def presence(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return 1 - (1 - p_e)^T for ``counts[L, N]``: ``[L, T, N]``, NaN where there are no tokens."""
@@ -127,3 +159,31 @@ def layer_mean(values: NDArray[np.float64], layers: NDArray[np.int64]) -> NDArra
     count = here.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(count > 0, np.where(here, chosen, 0.0).sum(axis=1) / count, np.nan)
+
+
+def output_groups(
+    meta: TraceMeta, spec: Spec, cells: Cells, state: Any
+) -> Iterator[tuple[Replicates, list[tuple[dict[str, Any], NDArray[np.int64]]]]]:
+    """Yield the sums of each output group with its rows: the group columns and the layers to average over."""
+    every = np.arange(len(meta.layers))
+    for g, key in enumerate(cells.groups):
+        rows: list[tuple[dict[str, Any], NDArray[np.int64]]] = [({}, every)]
+        if spec.by == "layer":
+            rows = [({"layer": layer}, every[i : i + 1]) for i, layer in enumerate(meta.layers)]
+        elif spec.by:
+            rows = [({"label" if spec.by == "label" else "request_id": key}, every)]
+        yield Replicates(meta, spec, cells, state, g), rows
+
+
+def _summed(sums: NDArray[Any], members: NDArray[np.int64]) -> NDArray[Any]:
+    """Sum some cells of ``[C, …]`` one by one: picking them out first would copy them all."""
+    total = np.zeros(sums.shape[1:], sums.dtype)
+    for member in members if len(sums) else ():
+        total += sums[member]
+    return total
+
+
+def _share(sums: NDArray[Any], windows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return ``sums[L, T, N]`` over ``windows[L, T]``, NaN without windows; what rounding adds to 0 .. 1 is cut."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(windows[..., None] > 0, np.clip(sums / windows[..., None], 0, 1), np.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from threading import Lock
@@ -33,7 +34,9 @@ MIN_REQUESTS = 5
 ROUGH_REQUESTS = 30
 """Requests below which an interval is rough."""
 
-_MAX_STATE_BYTES = 4 << 30
+MAX_STATE_BYTES = 4 << 30
+"""Memory that the sums of one pass may take."""
+
 _NO_LABEL = "(none)"
 
 
@@ -51,6 +54,8 @@ class Spec:
     """Sliding windows, or starts 0, T, 2T, … with the tail dropped."""
     batches: bool = False
     """Whether batch sizes above 1 will be asked for (needs a count per expert and window length)."""
+    distinct_batch: int = 0
+    """Largest batch of distinct requests that will be asked for; 0: none."""
     by: By | None = None
     intervals: bool = True
     seed: int = 0
@@ -60,7 +65,7 @@ class Spec:
             raise UsageError(f"phase {self.phase!r}", expected="one of " + ", ".join(PHASES))
         if self.by not in (None, *GROUPINGS):
             raise UsageError(f"by {self.by!r}", expected="one of " + ", ".join(GROUPINGS))
-        for name in ("max_window", "max_lag", "seed"):
+        for name in ("max_window", "max_lag", "distinct_batch", "seed"):
             try:
                 object.__setattr__(self, name, operator.index(getattr(self, name)))
             except TypeError:
@@ -93,13 +98,16 @@ class Cells:
     """``[count cells]``: index into ``labels``, -1 without labels."""
 
     @classmethod
-    def assign(cls, requests: pl.DataFrame, spec: Spec) -> Cells:
+    def assign(cls, requests: pl.DataFrame, spec: Spec, jackknife_groups: Mapping[str, int] | None = None) -> Cells:
         """Assign requests to cells.
 
         Parameters
         ----------
         requests
             The trace's requests in order: ``request_id``, ``label``, ``decode_start``, ``n_tokens``, ``n_decode``.
+        jackknife_groups
+            The jackknife group 0 .. G - 1 of each request id, where two traces are to leave out the same requests
+            together; the trace is then these requests alone. Default: dealt out by :func:`deal`.
         """
         ids = requests["request_id"].to_list()
         raw = requests["label"].to_list()
@@ -109,6 +117,8 @@ class Cells:
         label_index = {name: i for i, name in enumerate(labels)}
         label_of = np.array([label_index[n] if labelled else -1 for n in names], np.int64)
         active = phase_tokens(requests, spec.phase) > 0
+        if jackknife_groups is not None:
+            active &= np.array([i in jackknife_groups for i in ids], bool)
 
         if spec.by == "label":
             if not labelled:
@@ -128,13 +138,10 @@ class Cells:
 
         jackknife = np.zeros(len(ids), np.int64)
         if spec.intervals and spec.by != "request":
-            for g, size in enumerate(sizes):
+            for g in range(len(groups)):
                 members = np.flatnonzero(active & (group_of == g))
-                if size <= MAX_GROUPS:
-                    jackknife[members] = np.arange(size)
-                else:
-                    order = sorted(members, key=lambda i: _hash(ids[i], spec.seed))
-                    jackknife[order] = np.arange(size) % MAX_GROUPS
+                dealt = deal([ids[i] for i in members], spec.seed) if jackknife_groups is None else jackknife_groups
+                jackknife[members] = [dealt[ids[i]] for i in members]
         cell, cell_keys = _index(np.stack([group_of, jackknife], axis=1), active)
         # With one output group a request, counts are needed by label only: popularity is the whole trace's.
         fine = np.zeros_like(cell) if spec.by == "request" else cell
@@ -201,8 +208,12 @@ def caveats(requests: pl.DataFrame, spec: Spec) -> list[str]:
     return notes
 
 
-def _hash(request_id: str, seed: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
+def deal(request_ids: Sequence[str], seed: int) -> dict[str, int]:
+    """Deal requests out to at most ``MAX_GROUPS`` jackknife groups: one each, or in the order of a seeded hash."""
+    ids = list(request_ids)
+    if len(ids) > MAX_GROUPS:
+        ids.sort(key=lambda i: hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest())
+    return {request_id: i % MAX_GROUPS for i, request_id in enumerate(ids)}
 
 
 def _index(keys: NDArray[np.int64], active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -259,10 +270,10 @@ class State:
             + cc * n_layers * float(meta.num_experts + spec.max_window)
             + 2 * np.prod(per_expert, dtype=float)
         )
-        if size > _MAX_STATE_BYTES:
+        if size > MAX_STATE_BYTES:
             raise UsageError(
                 f"these metrics need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {_MAX_STATE_BYTES / 2**30:.0f}",
+                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
                 remedy="Lower --max-window or --max-lag, leave out batch sizes above 1, or use --no-intervals",
             )
         return cls(
@@ -288,17 +299,24 @@ class State:
 class Accumulator:
     """Adds blocks of routing rows to a state, layers in parallel."""
 
-    def __init__(self, meta: TraceMeta, spec: Spec, requests: pl.DataFrame, threads: int) -> None:
-        from tracekit.metrics import kernels
+    def __init__(
+        self,
+        meta: TraceMeta,
+        spec: Spec,
+        requests: pl.DataFrame,
+        threads: int,
+        jackknife_groups: Mapping[str, int] | None = None,
+    ) -> None:
+        from tracekit.metrics import batches, kernels
 
         self.meta, self.spec = meta, spec
-        self.cells = Cells.assign(requests, spec)
+        self.cells = Cells.assign(requests, spec, jackknife_groups)
         self.state = State.empty(meta, spec, self.cells)
         self.longest_run = np.zeros(requests.height, np.int64)
         """``[requests]`` tokens of each request's longest run: with fewer it has no window of that length."""
-        self._decode_start = requests["decode_start"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
-        self._layer_index = np.full(max(meta.layers) + 1, -1, np.int64)
-        self._layer_index[list(meta.layers)] = np.arange(len(meta.layers))
+        self.distinct = batches.DistinctBatches(meta, spec, self.cells) if spec.distinct_batch else None
+        self._cut = PhaseRuns(requests, spec.phase, self.cells)
+        self._layer_index = layer_index(meta)
         self._scan = kernels.scan
         self._bits = kernels.word_bits(spec.max_lag, spec.max_window)
         threads = max(1, min(threads, len(meta.layers)))
@@ -324,19 +342,17 @@ class Accumulator:
 
     def add(self, block: Block) -> None:
         """Accumulate one block; returns while it is being worked on, but not before the one before it is done."""
-        request, layer, start, length, part = self._phase_runs(block)
+        request, layer, start, length, part = self._cut(block)
         if not len(request):
             return
         np.maximum.at(self.longest_run, request, length)
-        key = np.stack([request, layer, part], axis=1)
-        first = np.flatnonzero(np.any(key[1:] != key[:-1], axis=1)) + 1
-        first = np.concatenate([[0], first])
-        unit_runs = np.stack([first, np.append(first[1:], len(key))], axis=1)
+        first, unit_runs = together(request, layer, part)
         layers = self._layer_index[layer[first]]
         units = np.stack([layers, self.cells.cell[request[first]], self.cells.count_cell[request[first]]], axis=1)
         state = [getattr(self.state, field.name) for field in fields(self.state)]
 
         task_of = layers * len(self._tasks) // len(self.meta.layers)
+        task_of_run = task_of.repeat(unit_runs[:, 1] - unit_runs[:, 0]) if self.distinct else task_of
 
         def work(task: int) -> None:
             mine = task_of == task
@@ -351,26 +367,52 @@ class Accumulator:
                     self.spec.overlapping,
                     *state,
                 )
+                if self.distinct:
+                    mine = task_of_run == task
+                    runs = request[mine], self._layer_index[layer[mine]], start[mine], length[mine]
+                    self.distinct.add(block.ids, *runs)
 
         running = [self._pool.submit(work, task) for task in range(len(self._tasks))]
         self._wait()
         self._running = running
 
-    def _phase_runs(self, block: Block) -> tuple[NDArray[np.int64], ...]:
-        """Cut the block's runs at the prompt's end and keep those of the phase: request, layer, start, n, part."""
+
+def layer_index(meta: TraceMeta) -> NDArray[np.int64]:
+    """Return the place of each layer number on the layer axis, -1 where there is no such MoE layer."""
+    index = np.full(max(meta.layers) + 1, -1, np.int64)
+    index[list(meta.layers)] = np.arange(len(meta.layers))
+    return index
+
+
+class PhaseRuns:
+    """Cuts the runs of blocks at the prompt's end and keeps those of one phase, of requests that have a cell."""
+
+    def __init__(self, requests: pl.DataFrame, phase: Phase, cells: Cells) -> None:
+        self._decode_start = requests["decode_start"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
+        self._phase, self._cell = phase, cells.cell
+
+    def __call__(self, block: Block) -> tuple[NDArray[np.int64], ...]:
+        """Return request, layer, start, n and part of each run, ordered by request, layer, part, position."""
         runs = block.runs
         request, layer, row, pos, n = (runs[c] for c in ("request", "layer", "row", "pos", "n"))
         border = self._decode_start[request]
         known = border >= 0
-        before = np.where(known, np.clip(border - pos, 0, n), n if self.spec.phase == "all" else 0)
+        before = np.where(known, np.clip(border - pos, 0, n), n if self._phase == "all" else 0)
         after = np.where(known, n - before, 0)
         pieces: list[tuple[NDArray[Any], ...]] = []
-        if self.spec.phase in ("prefill", "all"):
+        if self._phase in ("prefill", "all"):
             pieces.append((request, layer, row, before, np.zeros_like(n), pos))
-        if self.spec.phase in ("decode", "all"):
+        if self._phase in ("decode", "all"):
             pieces.append((request, layer, row + before, after, np.ones_like(n), pos))
         joined = [np.concatenate(columns) for columns in zip(*pieces, strict=True)]
-        keep = joined[3] > 0
+        keep = (joined[3] > 0) & (self._cell[joined[0]] >= 0)
         joined = [column[keep] for column in joined]
         order = np.lexsort((joined[5], joined[4], joined[1], joined[0]))
         return tuple(np.ascontiguousarray(column[order]) for column in joined[:5])
+
+
+def together(*keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each stretch of equal keys begins, and ``[stretches, 2]`` its begin and end."""
+    changed = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    first = np.concatenate([[0], np.flatnonzero(changed) + 1])
+    return first, np.stack([first, np.append(first[1:], len(keys[0]))], axis=1)
