@@ -131,7 +131,6 @@ def test_vllm_http(shared):
     ("path", "said"),
     [
         ("moe/traces/vllm_http/stream.txt", "streams carry no routing"),
-        ("moe/traces/olmoe/verify_steps.parquet", "Parquet"),
         ("moe/models/olmoe/model.safetensors", "safetensors"),
         ("traces/olmoe_counts/counts.json", "JSON without choices"),
         ("moe/traces/olmoe", "several formats: arrays, sglang"),

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tracekit as tk
+from tracekit.cli import main
 from tracekit.errors import SourceError
 from tracekit.schema import Predictions, Request, TraceMeta
 from tracekit.sources import READERS, RawRequest, Reader
@@ -78,6 +79,22 @@ def test_a_prediction_is_a_row_of_the_layer_that_it_is_about(ingest: Ingest, tmp
         ("t", 0, "next_gate", 1, 2, 10, [7, 0]),
         ("t", 0, "next_gate", 1, 2, 11, [3, 4]),
     ]
+
+
+def test_info_and_the_view_traces_say_what_is_predicted(
+    ingest: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = RawPredictions("quasi_hidden", 1, predicted(seed=3))
+    ingest([request("a", 4, next_gate(), next_gate(distance=2), other), request("b", 4, next_gate())])
+    ingest([request("a")], name="without")
+    store = tk.open(tmp_path / "S")
+    assert store.sql("SELECT trace, predicted FROM traces ORDER BY trace").rows() == [("t", 2), ("without", None)]
+    assert main(["info", str(tmp_path / "S"), "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["predictors"] for row in rows] == ["next_gate (1, 2), quasi_hidden (1)", "none"]
+    assert main(["info", str(tmp_path / "S"), "--trace", "t"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["predictors", "next_gate (1, 2), quasi_hidden (1)"] in lines
 
 
 def test_the_file_is_sorted_and_its_columns_are_flat(ingest: Ingest, tmp_path: Path) -> None:

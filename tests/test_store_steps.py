@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tracekit as tk
+from tracekit.cli import main
 from tracekit.errors import QueryError, SourceError, StoreError, UnsupportedError
 from tracekit.schema import VerifySteps
 from tracekit.sources import READERS, RawCounts, RawRequest, Reader
@@ -87,6 +88,28 @@ def test_the_rows_of_rejected_drafts_are_kept_beside_the_routing(ingest: Ingest,
     assert store.sql("SELECT count(*) FROM routing").item() == 2 * 2 * 6  # nothing of the steps is in the routing
 
 
+def test_info_counts_the_verification_steps(ingest: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ingest([request(steps=verify(2, [3, 2], [1, 0]), prompt_len=2), request("b")], num_experts=8)
+    ingest([request("c", steps=verify(0, [3], [1]))], num_experts=8, append=True)
+    ingest([request("d")], num_experts=8, name="u")
+    assert main(["info", str(tmp_path / "S"), "--format", "json"]) == 0
+    assert [row["verification_steps"] for row in json.loads(capsys.readouterr().out)] == [3, 0]
+
+
+def test_trees_are_kept_with_their_depths_and_what_is_not_known(ingest: Ingest, tmp_path: Path) -> None:
+    tree = replace(verify(2, [4, 2], [1, 0]), depth=np.array([0, 1, 1, 2, 0, 1]))
+    sure = replace(tree, kept=np.array([1, 0, 1, 0, 1, 0]))
+    ingest([request("a", steps=tree), request("b", steps=sure)], num_experts=8)
+    store = tk.open(tmp_path / "S")
+    rows = store.sql('SELECT request, step, "row", pos, kept FROM verification WHERE layer = 1 ORDER BY ALL').rows()
+    expected = [(0, 0, 2, True), (0, 1, 3, None), (0, 2, 3, None), (0, 3, 4, False), (1, 0, 4, True), (1, 1, 5, False)]
+    assert rows[:6] == [(0, *row) for row in expected]
+    assert [kept for *_, kept in rows[6:]] == [True, False, True, False, True, False]
+    (tmp_path / "source").touch()
+    again = ingest([request("a", steps=tree), request("b", steps=tree)], "other", num_experts=8)
+    assert again.content != store.trace().content  # only what is known of b differs
+
+
 def test_steps_enter_no_metric_of_today(ingest: Ingest, tmp_path: Path) -> None:
     ingest([request(steps=verify(2, [3, 2], [1, 0]))], "with", num_experts=8)
     ingest([request()], "without", num_experts=8)
@@ -146,6 +169,19 @@ def test_dense_layers_are_left_out_of_the_steps_too(ingest: Ingest, tmp_path: Pa
         ({"ids": np.zeros((5, 2, 2), int)}, "twice in one row"),
         ({"ids": np.full((5, 2, 2), -1)}, "negative expert id"),
         ({"weights": np.zeros((5, 2, 1))}, "weights are float64 of shape"),
+        ({"depth": np.arange(4)}, "depth is int64 of shape .4,. for 5 rows"),
+        ({"kept": np.ones(5)}, "kept is float64 of shape"),
+        ({"depth": np.array([1, 1, 2, 0, 1])}, r"step 0 has rows of depth \[1, 1, 2\]"),
+        ({"depth": np.array([0, 2, 1, 0, 1])}, r"step 0 has rows of depth \[0, 2, 1\]"),
+        ({"depth": np.array([0, 1, 1, 0, 0])}, r"step 1 has rows of depth \[0, 0\]"),
+        (
+            {"depth": np.array([0, 1, 1, 0, 1]), "n_accepted": np.array([2, 0]), "start_pos": np.array([2, 5])},
+            "step 0 has 2 accepted drafts; expected at most 1, the depth of its tree",
+        ),
+        ({"kept": np.array([1, 1, 1, 1, 0])}, r"step 0 has 1 accepted drafts, but kept \[1, 1, 1\]"),
+        ({"kept": np.array([1, -1, 0, 1, 0])}, r"kept \[1, -1, 0\] of its rows of depth \[0, 1, 2\]"),
+        ({"kept": np.array([1, 1, 0, 0, 0])}, r"step 1 has 0 accepted drafts, but kept \[0, 0\]"),
+        ({"kept": np.array([1, 2, 0, 1, 0])}, r"kept \[1, 2, 0\]"),
     ],
 )
 def test_steps_that_contradict_themselves_are_refused(

@@ -61,18 +61,59 @@ class TraceMeta:
 
 @dataclass(slots=True)
 class VerifySteps:
-    """The verification steps of speculative decoding of one request, rejected drafts included."""
+    """The verification steps of speculative decoding of one request, rejected drafts included.
+
+    The drafts of a step are a chain, or a tree: then several rows have the same depth, one of which can be kept.
+    """
 
     start_pos: NDArray[np.int64]
     """``[steps]`` position of row 0 of each step, the last committed token; its drafts follow it."""
     n_rows: NDArray[np.int64]
     """``[steps]`` tokens verified at once: 1 + drafts."""
     n_accepted: NDArray[np.int64]
-    """``[steps]`` drafts accepted: rows ``0 .. n_accepted`` were kept, the others rejected."""
+    """``[steps]`` drafts accepted: of a chain rows ``0 .. n_accepted`` were kept, the others rejected; of a tree one
+    row of each depth ``0 .. n_accepted``."""
     ids: NDArray[Any]
     """Routed experts ``[sum of n_rows, layers, k]``, step by step."""
     weights: NDArray[np.floating[Any]] | None = None
     """Router weights, aligned with ``ids``."""
+    depth: NDArray[np.int64] | None = None
+    """``[sum of n_rows]`` tokens from row 0 of the step to each row; None: chains, where it is the number of the
+    row."""
+    kept: NDArray[np.int8] | None = None
+    """``[sum of n_rows]`` 1: kept, 0: rejected, -1: not known; None: what ``depth`` and ``n_accepted`` tell."""
+
+    @property
+    def depths(self) -> NDArray[np.int64]:
+        """``[sum of n_rows]`` tokens from row 0 of the step to each row."""
+        if self.depth is not None:
+            return self.depth
+        return np.arange(self.n_rows.sum()) - np.repeat(np.cumsum(self.n_rows) - self.n_rows, self.n_rows)
+
+    @property
+    def kept_rows(self) -> NDArray[np.int8]:
+        """``[sum of n_rows]`` 1: kept, 0: rejected, -1: one of several rows at its depth was, not known which."""
+        if self.kept is not None:
+            return self.kept
+        depth, step = self.depths, np.repeat(np.arange(len(self.n_rows)), self.n_rows)
+        reached = depth <= np.repeat(self.n_accepted, self.n_rows)
+        if self.depth is None:
+            return reached.astype(np.int8)
+        _, place, count = np.unique(np.stack([step, depth]), axis=1, return_inverse=True, return_counts=True)
+        return np.where(reached, np.where(count[place.reshape(-1)] == 1, 1, -1), 0).astype(np.int8)
+
+    def take(self, steps: NDArray[np.bool_]) -> VerifySteps:
+        """Return some of the steps, ``[steps]``."""
+        rows = np.repeat(steps, self.n_rows)
+        return VerifySteps(
+            start_pos=self.start_pos[steps],
+            n_rows=self.n_rows[steps],
+            n_accepted=self.n_accepted[steps],
+            ids=self.ids[rows],
+            weights=None if self.weights is None else self.weights[rows],
+            depth=None if self.depth is None else self.depth[rows],
+            kept=None if self.kept is None else self.kept[rows],
+        )
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from tracekit.sources.base import scalar_text
 from tracekit.sources.files import file_size
 from tracekit.sources.npy import Member, open_npz
 from tracekit.sources.safetensors import is_safetensors, read_safetensors
-from tracekit.sources.tensors import Tensor
+from tracekit.sources.tensors import Held, Tensor
 from tracekit.sources.torchfile import PickledArray, is_torch, load_torch
 
 _LARGEST_TEXT = 1 << 26
@@ -46,40 +46,6 @@ class Item(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds open."""
-
-
-class Held:
-    """An array that is in memory already."""
-
-    def __init__(self, array: NDArray[Any], where: str) -> None:
-        self.where = where
-        self._array = array
-        self._row = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self._array.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the elements."""
-        return self._array.dtype
-
-    def load(self) -> NDArray[Any]:
-        """Return the array."""
-        return self._array
-
-    def rows(self) -> Callable[[int], NDArray[Any]]:
-        """Return a function that gives the next ``n`` rows of the first axis on each call."""
-        return self._slice
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _slice(self, count: int) -> NDArray[Any]:
-        self._row += count
-        return self._array[self._row - count : self._row]
 
 
 class Bundle:
@@ -198,7 +164,7 @@ def as_item(value: Any, where: str) -> Item | None:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, PickledArray):
-        return Held(value.load(), where)
+        return Held(value.load(), where)  # says which key it is; itself it knows only the pickle
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
         return None
     if isinstance(value, int):

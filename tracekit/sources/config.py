@@ -123,8 +123,11 @@ def flatten(document: Mapping[str, Any]) -> dict[str, Any]:
     return text
 
 
-def parse_config(document: Mapping[str, Any], *, where: str = "config") -> ModelConfig:
-    """Make a `ModelConfig` of a parsed ``config.json``; see `load_config`."""
+def parse_config(document: Mapping[str, Any], *, where: str = "config", dense: bool = False) -> ModelConfig:
+    """Make a `ModelConfig` of a parsed ``config.json``; see `load_config`.
+
+    With ``dense`` a dense model is taken too, as one that has a single expert in each layer, which every token chooses.
+    """
     text = flatten(document)
     layers = count(text, _LAYERS, where)
     if layers is None:
@@ -134,7 +137,10 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> Model
     if not 1 <= layers <= _MOST_LAYERS:
         raise SourceError(f"has {layers} layers", where=where, expected=f"1 to {_MOST_LAYERS}")
     experts, per_layer = _experts(text, layers, where)
-    if experts is None or experts < 2:
+    if dense and (experts is None or experts < 2):
+        text |= {_EXPERTS[0]: 1, _TOP_K[0]: 1}
+        experts, per_layer = 1, tuple(range(layers))
+    elif experts is None or experts < 2:
         raise SourceError(
             f"describes a dense model ({text.get('model_type', 'no model_type')}: no routed experts)",
             where=where,

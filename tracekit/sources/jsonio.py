@@ -18,6 +18,8 @@ _EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 Record = tuple[str, Any, int]
 """Where a value stands, the value, and the bytes read so far."""
+Listed = tuple[str, Any, int, str | None]
+"""The same, and which list the value is an entry of."""
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -28,15 +30,24 @@ def records(path: Path) -> Iterator[Record]:
     SourceError
         Naming the line (or the entry of an array) that is not JSON.
     """
+    return ((where, value, done) for where, value, done, _ in listed_records(path))
+
+
+def listed_records(path: Path) -> Iterator[Listed]:
+    """Yield the same, and for each the list that it is an entry of, None where it is in none."""
     with reading(str(path)), path.open("rb") as file:
         first = _first_byte(file)
-        parse = _entries if first == b"[" else _lines if first == b"{" or not _at_event(file) else _events
-        for where, value, done in parse(file, str(path)):
+        if first == b"[":
+            found: Iterator[Listed] = _entries(file, str(path))
+        else:
+            parse = _lines if first == b"{" or not _at_event(file) else _events
+            found = ((*record, None) for record in parse(file, str(path)))
+        for where, value, done, inside in found:
             # A batch call's log has one list of responses a line.
             if isinstance(value, list):
-                yield from ((f"{where}, entry {i}", item, done) for i, item in enumerate(value))
+                yield from ((f"{where}, entry {i}", item, done, where) for i, item in enumerate(value))
             else:
-                yield where, value, done
+                yield where, value, done, inside
 
 
 def first_object(path: Path, head: bytes) -> dict[str, Any] | None:
@@ -112,15 +123,16 @@ def _events(file: IO[bytes], name: str) -> Iterator[Record]:
             yield where, _parse(data, where), file.tell()
 
 
-def _entries(file: IO[bytes], name: str) -> Iterator[Record]:
+def _entries(file: IO[bytes], name: str) -> Iterator[Listed]:
     """Entries of one JSON array or several in a row, decoded as they arrive."""
     decode, parse = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode
-    buffer, at, entry, piece, inside = "", 0, 0, _PIECE, False
+    buffer, at, entry, piece, inside, arrays = "", 0, 0, _PIECE, False, 0
     while True:
         while at < len(buffer) and (buffer[at].isspace() or (inside and buffer[at] == ",")):
             at += 1
         if at < len(buffer) and buffer[at] == ("]" if inside else "["):
             inside, at = not inside, at + 1
+            arrays += inside
             continue
         where = f"{name}, entry {entry}"
         if at < len(buffer):
@@ -129,7 +141,7 @@ def _entries(file: IO[bytes], name: str) -> Iterator[Record]:
                     raise SourceError("has text after the array", where=where, expected="one JSON array")
                 value, end = parse(buffer, at)
                 if end < len(buffer):
-                    yield where, value, file.tell()
+                    yield where, value, file.tell(), f"{name}, array {arrays}"
                     at, entry, piece = end, entry + 1, _PIECE
                     continue
             except RecursionError as error:

@@ -274,16 +274,7 @@ def _steps_at(request: Request, keep: NDArray[np.bool_]) -> VerifySteps | None:
     assert steps is not None
     positions = request.first_pos + np.arange(len(keep)) if request.positions is None else request.positions
     stay = np.isin(steps.start_pos, positions[keep])
-    if not stay.any():
-        return None
-    rows = np.repeat(stay, steps.n_rows)
-    return VerifySteps(
-        start_pos=steps.start_pos[stay],
-        n_rows=steps.n_rows[stay],
-        n_accepted=steps.n_accepted[stay],
-        ids=steps.ids[rows],
-        weights=None if steps.weights is None else steps.weights[rows],
-    )
+    return steps.take(stay) if stay.any() else None
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

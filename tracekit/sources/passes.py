@@ -7,13 +7,16 @@ is missing has ended; a mixed pass has prompts first and then, a row each, the r
 more than one possibility, the sequences concerned end there. One thing is assumed: a single row behind the first
 prompt of a mixed pass, at the position of a running request, is that request's, though a prompt of which all but one
 token was cached looks the same.
+
+Drafts may form a tree, breadth first, whose rows have their depth as position: where the next row starts tells how deep
+the accepted path went, but not which of several rows at the same depth it went through; those places stay empty.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -36,47 +39,69 @@ class Pass:
     """Rows of each request, in a pass that prefills."""
 
 
+UNKNOWN = -1
+_NO_TREE = "the drafts form trees of different sizes, so where one ends is not known"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One verification step."""
+
+    start: int
+    """Position of row 0."""
+    row: int
+    """Number of row 0."""
+    depth: NDArray[np.int64]
+    """``[rows]`` positions of the rows, from that of row 0."""
+    accepted: int
+    """Drafts accepted; -1 as long as no row tells."""
+
+    def kept(self) -> list[int]:
+        """Return the number of the row that was kept at each depth; ``UNKNOWN`` where there are several."""
+        at = [np.flatnonzero(self.depth == depth) for depth in range(self.accepted + 1)]
+        return [self.row + int(rows[0]) if len(rows) == 1 else UNKNOWN for rows in at]
+
+
 @dataclass(slots=True)
 class Stitched:
     """One sequence."""
 
     first_pos: int
     rows: list[int] = field(default_factory=list)
-    """Numbers of its rows, one a position from ``first_pos`` on."""
+    """Numbers of its rows, one a position from ``first_pos`` on; ``UNKNOWN`` where any of several may be it."""
     prompt_len: int | None = None
-    steps: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Verification steps: position of row 0, number of row 0, rows, accepted drafts."""
+    steps: list[Step] = field(default_factory=list)
     cut: bool = False
     """True once it could not be told from another one."""
     decoded: bool = False
-    pending: tuple[int, int, int] | None = None
-    """The last verification step, whose accepted drafts the next row will tell: position, number of row 0, rows."""
+    pending: Step | None = None
+    """The last verification step, whose accepted drafts the next row will tell."""
 
     def fits(self, start: int) -> bool:
         """Whether the next rows of the sequence may begin at a position."""
         if self.pending is not None:
-            return self.pending[0] < start <= self.pending[0] + self.pending[2]
+            return self.pending.start < start <= self.pending.start + int(self.pending.depth[-1]) + 1
         return start == self.first_pos + len(self.rows)
 
-    def take(self, start: int, row: int, count: int, *, verify: bool) -> None:
-        """Add rows: prefilled or decoded ones, or a verification step."""
+    def take(self, start: int, row: int, count: int, depth: NDArray[np.int64] | None = None) -> None:
+        """Add rows: prefilled or decoded ones, or those of a verification step with their depths."""
         self.settle(start)
-        if verify:
-            self.pending = (start, row, count)
+        if depth is not None:
+            self.pending = Step(start, row, depth, -1)
         else:
             self.rows.extend(range(row, row + count))
 
     def settle(self, start: int | None) -> None:
         """Keep the accepted rows of the last verification step; only its first one where no row follows."""
-        if self.pending is None:
+        step, self.pending = self.pending, None
+        if step is None:
             return
-        at, row, count = self.pending
-        self.pending = None
         if start is None:
-            self.rows.append(row)
+            self.rows.append(step.row)
             return
-        self.steps.append((at, row, count, start - at - 1))
-        self.rows.extend(range(row, row + start - at))
+        step = replace(step, accepted=start - step.start - 1)
+        self.steps.append(step)
+        self.rows.extend(step.kept())
 
 
 @dataclass(slots=True)
@@ -91,8 +116,17 @@ class Result:
 
 
 def stitch(passes: Sequence[Pass]) -> Result:
-    """Put the rows of forward passes back into sequences."""
-    stitcher = _Stitcher(_draft_rows(passes))
+    """Put the rows of forward passes back into sequences, drafts in chains where that explains them, else in trees."""
+    chains = _draft_rows(passes)
+    result = None if chains == 1 else _stitch(passes, chains, chains=True)
+    if result is None or (result.reason is not None and chains):
+        trees = _tree_rows(passes)
+        result = _stitch(passes, trees, chains=False) if trees else result or Result([], reason=_NO_TREE)
+    return result
+
+
+def _stitch(passes: Sequence[Pass], draft_rows: int, *, chains: bool) -> Result:
+    stitcher = _Stitcher(draft_rows, chains=chains)
     for index, one in enumerate(passes):
         reason = stitcher.prefill(one) if one.kind in ("extend", "mixed") else stitcher.decode(one)
         if reason is not None:
@@ -116,14 +150,29 @@ def _draft_rows(passes: Sequence[Pass]) -> int:
     return math.gcd(*(count for one in passes if one.kind == "verify" for _, count in _runs(one.positions)))
 
 
+def _tree_rows(passes: Sequence[Pass]) -> int:
+    """Return the rows of a verification step of trees: the largest number that explains all passes, 0 if there is none.
+
+    SGLang lists a tree breadth first: after the first row come those one deeper, and no level is left out.
+    """
+    positions = [one.positions for one in passes if one.kind == "verify"]
+    whole = math.gcd(*map(len, positions))
+    for count in sorted((n for n in range(2, whole + 1) if whole % n == 0), reverse=True):
+        blocks = [np.diff(rows.reshape(-1, count), axis=1) for rows in positions]
+        if all((rise[:, 0] == 1).all() and ((rise == 0) | (rise == 1)).all() for rise in blocks):
+            return count
+    return 0
+
+
 class _Stitcher:
-    def __init__(self, draft_rows: int) -> None:
+    def __init__(self, draft_rows: int, *, chains: bool) -> None:
         self.all: list[Stitched] = []
         self._running: list[Stitched] = []
         """In the order of the last pass."""
         self._chunk: Stitched | None = None
         """The sequence whose prompt may go on in the next prefill."""
         self._draft_rows = draft_rows
+        self._chains = chains
 
     def prefill(self, one: Pass) -> str | None:
         """Take a pass that prefills; return why it cannot be taken."""
@@ -152,7 +201,7 @@ class _Stitcher:
                 partner = chunk
             else:
                 partner = self._new(start)
-            partner.take(start, one.first + first, count, verify=False)
+            partner.take(start, one.first + first, count)
             taken.append(partner)
         known = {id(sequence) for sequence in taken}
         self._running = taken if one.kind == "mixed" else [s for s in self._running if id(s) not in known] + taken
@@ -163,8 +212,6 @@ class _Stitcher:
     def decode(self, one: Pass) -> str | None:
         """Take a pass of one row a request, or of one verification step a request."""
         verify = one.kind == "verify"
-        if verify and self._draft_rows < 2:
-            return "the drafts form a tree, so a row's predecessor is not known"
         size = self._draft_rows if verify else 1
         firsts = range(0, len(one.positions), size)
         starts = one.positions[::size].tolist()
@@ -173,13 +220,14 @@ class _Stitcher:
         for index, (start, first) in enumerate(zip(starts, firsts, strict=True)):
             partner = partners[index]
             if partner is None:
-                if verify and index and starts[index - 1] < start < starts[index - 1] + size:
-                    return "the drafts form a tree, so a row's predecessor is not known"
+                if verify and self._chains and index and starts[index - 1] < start < starts[index - 1] + size:
+                    return _NO_TREE  # or of one size: that is tried next
                 partner = self._new(start)
                 partner.decoded = True
             else:
                 self._decodes(partner, start)
-            partner.take(start, one.first + first, size, verify=verify)
+            depth = one.positions[first : first + size] - start if verify else None
+            partner.take(start, one.first + first, size, depth)
             taken.append(partner)
         self._running = taken
         if self._chunk is not None and (self._chunk.decoded or self._chunk.cut):

@@ -41,6 +41,8 @@ class Exchange:
     """Whether the record holds the request, so that what it does not ask for was not asked for."""
     streamed: bool = False
     """Whether the response was put together from the chunks of a stream."""
+    batch: str | None = None
+    """The list of which the response is an entry: one call may have returned all of it."""
 
 
 def unwrap(record: Any, where: str) -> Exchange:

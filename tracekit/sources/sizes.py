@@ -91,6 +91,21 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """What the attention of some layers keeps of each token of the context, and computes with it."""
+
+    layers: int
+    elements: int
+    """Numbers that one layer keeps of a token: keys and values, or their latent form."""
+    multiplies: int
+    """Multiply-adds of one layer for one new token and one token of the context: scores and their sum over values."""
+    heads: int
+    """Heads of keys and values: among how many devices the cache can be divided; 1 for a latent one."""
+    window: int | None = None
+    """Tokens that a layer looks back at most; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model's shape and sizes, as far as its config tells them.
 
@@ -107,6 +122,8 @@ class Model:
     """Shared experts per MoE layer."""
     quantisation: Quantisation
     parts: tuple[Part, ...] = ()
+    caches: tuple[Cache, ...] = ()
+    """The layers that keep something of every token; those of linear attention and state space models do not."""
     source: str | None = None
     """Where the figures of a bundled model were read."""
     notes: tuple[str, ...] = ()
@@ -195,10 +212,12 @@ PARTS = ("expert", "shared", "router", "attention", "dense", "norms", "embedding
 """The parts of a model, in the order of `Model.parts`."""
 
 
-def load_model(name: str | Path, *, quantisation: str | None = None, bits: float | None = None) -> Model:
+def load_model(
+    name: str | Path, *, quantisation: str | None = None, bits: float | None = None, dense: bool = False
+) -> Model:
     """Return shape and sizes of a bundled model, by its name, or of a ``config.json``; see `describe`."""
     document, where = load_document(name)
-    model = describe(document, where=where, quantisation=quantisation, bits=bits)
+    model = describe(document, where=where, quantisation=quantisation, bits=bits, dense=dense)
     entry = find(where)
     if entry is not None and not Path(name).exists():
         return replace(model, source=entry.source)
@@ -208,7 +227,12 @@ def load_model(name: str | Path, *, quantisation: str | None = None, bits: float
 
 
 def describe(
-    document: Mapping[str, Any], *, where: str = "config", quantisation: str | None = None, bits: float | None = None
+    document: Mapping[str, Any],
+    *,
+    where: str = "config",
+    quantisation: str | None = None,
+    bits: float | None = None,
+    dense: bool = False,
 ) -> Model:
     """Return shape and sizes of the model that a parsed ``config.json`` describes.
 
@@ -223,6 +247,8 @@ def describe(
         (4.5 bits, experts, shared experts and dense layers); default: what the config says.
     bits
         Bits per parameter of every matrix, scales included, instead.
+    dense
+        Whether to take a dense model too, as one with a single expert in each layer, which every token chooses.
 
     Raises
     ------
@@ -231,7 +257,7 @@ def describe(
     UsageError
         If the quantisation is not known, or both ways to give it are used.
     """
-    config = parse_config(document, where=where)
+    config = parse_config(document, where=where, dense=dense)
     text = flatten(document)
     scheme = chosen(quantisation, bits) or configured({**document, **text})
     shape = _Shape(text, config, where)
@@ -243,6 +269,7 @@ def describe(
         shared_experts=shape.shared_experts,
         quantisation=scheme,
         parts=tuple(shape.parts()),
+        caches=tuple(shape.caches()),
         notes=tuple(note for note in (scheme.note, *shape.notes(document)) if note is not None),
     )
 
@@ -321,7 +348,7 @@ class _Shape:
             found.append(Part("shared", self._moe if self._shared_width else 0, matrices, gate))
         experts = self._config.num_experts
         bias = experts if self._family in _CORRECTION_BIAS | {"gpt_oss"} else 0
-        found.append(Part("router", self._moe, ((experts, hidden),), bias))
+        found.append(Part("router", self._moe if experts > 1 else 0, ((experts, hidden),), bias))
         attention = self._attention(hidden)
         if attention is not None:
             found.append(attention)
@@ -335,6 +362,28 @@ class _Shape:
         if vocabulary is not None:
             found.append(self._embeddings(vocabulary, hidden))
         return found
+
+    def caches(self) -> list[Cache]:
+        """Return what the attention keeps per token, by how far its layers look back; empty where that is not known."""
+        heads, hidden = self._size(*_HEADS), self.hidden
+        if heads is None or hidden is None:
+            return []
+        if rank := self._size("kv_lora_rank"):
+            # Computed in the latent space, as engines decode: every head attends to the one latent vector.
+            elements = rank + (self._size("qk_rope_head_dim") or 0)
+            multiplies, kv_heads = heads * (elements + rank), 1
+        else:
+            kv_heads, size = self._size(*_KV_HEADS) or heads, self._size("head_dim") or hidden // heads
+            elements, multiplies = 2 * kv_heads * size, 2 * heads * size
+        kinds = self._text.get("layer_types")
+        kinds = kinds if isinstance(kinds, list) else []
+        sliding, chunked = kinds.count("sliding_attention"), kinds.count("chunked_attention")
+        layers = (
+            (self._full_attention_layers() - sliding - chunked, None),
+            (sliding, self._size("sliding_window")),
+            (chunked, self._size("attention_chunk_size")),
+        )
+        return [Cache(n, elements, multiplies, kv_heads, window) for n, window in layers if n > 0]
 
     def _mlp(self, width: int) -> tuple[Matrix, ...]:
         assert self.hidden is not None

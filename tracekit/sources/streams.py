@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tracekit.sources.files import reading
-from tracekit.sources.jsonio import first_object, is_events, records
+from tracekit.sources.jsonio import Listed, first_object, is_events, listed_records, records
 from tracekit.sources.responses import Exchange, Json, mapping, unwrap
 
 _WAITING = 8
@@ -98,8 +98,8 @@ def exchanges(path: Path) -> Iterator[Numbered]:
     finished: dict[str, _Stream] = {}
     streaming = events
     number = done = 0
-    for where, record, done in records(path):
-        exchange = unwrap(record, where)
+    for where, record, done, batch in _responses(path):
+        exchange = replace(unwrap(record, where), batch=batch)
         name = _name(exchange.response)
         if streaming and name not in streams and _is_trailer(exchange.response):
             continue  # the usage of a stream that waited long enough for it
@@ -127,6 +127,17 @@ def exchanges(path: Path) -> Iterator[Numbered]:
         number += 1
 
 
+def _responses(path: Path) -> Iterator[Listed]:
+    """Yield the records of a file, those whose response is a list once for each of its entries."""
+    for where, record, done, batch in listed_records(path):
+        listed = record.get("response") if isinstance(record, dict) else None
+        if isinstance(listed, list):
+            for i, response in enumerate(listed):
+                yield f"{where}, response {i}", {**record, "response": response}, done, where
+        else:
+            yield where, record, done, batch
+
+
 def sniff_record(path: Path, head: bytes) -> Json | None:
     """Return the first response of what looks like JSON or a stream, None for anything else."""
     events = is_events(head)
@@ -134,7 +145,7 @@ def sniff_record(path: Path, head: bytes) -> Json | None:
     if not isinstance(first, dict):
         return None
     response = unwrap(first, str(path)).response
-    if events or _is_chunk(response):
+    if events or _is_chunk(response) or isinstance(first.get("response"), list):
         response = next((exchange.response for _, _, exchange, _ in exchanges(path)), response)
     return response
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.errors import StoreError
+from tracekit.errors import StoreError, UnsupportedError
 from tracekit.schema import id_dtype
 from tracekit.store import views
 from tracekit.store.ahead import ahead
-from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest
-from tracekit.store.spool import COUNTS
+from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest, whole
+from tracekit.store.spool import COUNTS, STEPS
+from tracekit.store.steps import StepRows, whole_steps
 
 if TYPE_CHECKING:
     import duckdb
@@ -32,6 +33,8 @@ class Block:
     runs: dict[str, NDArray[np.int64]]
     """Runs of consecutive positions: ``row`` (first column of ``ids``), ``request``, ``layer``, ``pos``, ``n``;
     ordered by request, layer, pos."""
+    weights: NDArray[np.float32] | None = None
+    """Router weights ``[k, rows]``, where they were asked for; NaN where the source has none."""
 
     def fits(self, trace: TraceInfo) -> bool:
         """Return whether ids, rows, requests and layers are within the trace: kernels do not check bounds."""
@@ -99,17 +102,23 @@ class Store:
                 )
         return pl.concat(frames)
 
-    def blocks(self, trace: TraceInfo) -> Iterator[Block]:
+    def blocks(self, trace: TraceInfo, *, weights: bool = False) -> Iterator[Block]:
         """Return the trace's routing rows part by part; the next is made ready while one is worked on.
 
-        The ids of a block are overwritten after the next two: copy what is to be kept.
-        """
-        return ahead(self._blocks(trace))
+        The ids and weights of a block are overwritten after the next two: copy what is to be kept.
 
-    def _blocks(self, trace: TraceInfo) -> Iterator[Block]:
+        Parameters
+        ----------
+        weights
+            Whether to read the router weights too; every segment of the trace must have them.
+        """
+        return ahead(self._blocks(trace, weights))
+
+    def _blocks(self, trace: TraceInfo, weighted: bool) -> Iterator[Block]:
         import polars as pl
 
-        columns = [f"e{r}" for r in range(trace.meta.top_k)]
+        k = trace.meta.top_k
+        columns = [f"{letter}{r}" for letter in ("ew" if weighted else "e") for r in range(k)]
         parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
         if not parts:  # a trace of counts
             return
@@ -118,27 +127,28 @@ class Store:
         rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
         # Buffers take turns, for fresh memory for every part would cost as much as decoding it: one is being filled,
         # and the two blocks before it are being worked on.
-        size = len(columns) * max((s.parts[i] for s, i in parts), default=0)
-        buffers = [np.empty(size, id_dtype(trace.meta.num_experts)) for _ in range(3)]
+        size = k * max((s.parts[i] for s, i in parts), default=0)
+        dtypes = (id_dtype(trace.meta.num_experts), np.float32)
+        buffers = [[np.empty(size, dtype) for dtype in dtypes[: 1 + weighted]] for _ in range(3)]
         for turn, ((segment, part), path) in enumerate(zip(parts, paths, strict=True)):
             expected, filled = segment.parts[part], 0
-            ids = buffers[turn % 3][: len(columns) * expected].reshape(len(columns), expected)
+            held = [buffer[: k * expected].reshape(k, expected) for buffer in buffers[turn % 3]]
             while filled < expected:  # one row group a part, so this is one batch
                 try:
                     frame = next(rows)
                 except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
                     raise unreadable(path, error) from None
-                if filled + frame.height > expected or set(frame.dtypes) != {pl.Series(ids[0, :0]).dtype}:
-                    raise unreadable(path, f"it does not have the {expected} rows of {ids.dtype} that it should")
-                for rank, column in enumerate(columns):
-                    ids[rank, filled : filled + frame.height] = frame[column].to_numpy()
+                types = [pl.Series(values[0, :0]).dtype for values in held for _ in range(k)]
+                if filled + frame.height > expected or frame.dtypes != types:
+                    raise unreadable(path, f"it does not have the {expected} rows of {held[0].dtype} that it should")
+                for i, column in enumerate(columns):
+                    held[i // k][i % k, filled : filled + frame.height] = frame[column].to_numpy()
                 filled += frame.height
             here = runs[segment.id].get((part,))
             if here is None:
                 raise unreadable(path, "runs.parquet says nothing of it")
-            block = Block(
-                ids, {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
-            )
+            runs_here = {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
+            block = Block(held[0], runs_here, held[1] if weighted else None)
             if not block.fits(trace):
                 raise unreadable(path, "its ids or runs are outside what the manifest says")
             yield block
@@ -176,6 +186,56 @@ class Store:
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise unreadable(path, error) from None
         return total
+
+    def steps(self, trace: TraceInfo, *, weights: bool = False) -> Iterator[StepRows]:
+        """Return the rows of the trace's verification steps in bounded memory, whole steps at a time.
+
+        Parameters
+        ----------
+        weights
+            Whether to read the router weights too.
+
+        Raises
+        ------
+        UnsupportedError
+            Weights are asked for and the steps have none.
+        """
+        import polars as pl
+
+        for segment in trace.segments:
+            if segment.has_steps:
+                path = self._path(segment, STEPS)
+                if weights and whole(path) and "w0" not in pl.read_parquet_schema(path):
+                    raise UnsupportedError("the trace's verification steps have no router weights")
+                yield from whole_steps(self._step_rows(path, trace, weights))
+
+    def _step_rows(self, path: Path, trace: TraceInfo, weights: bool) -> Iterator[StepRows]:
+        import polars as pl
+
+        try:
+            for frame in pl.scan_parquet(path, glob=False).collect_batches(maintain_order=True):
+                rows = StepRows.of(frame, trace.meta.top_k, weights=weights)
+                if not rows.fits(trace.meta, trace.requests):
+                    raise unreadable(path, "its ids, requests or layers are outside what the manifest says")
+                yield rows
+        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            raise unreadable(path, error) from None
+
+    def has_steps(self, trace: TraceInfo) -> NDArray[np.bool_]:
+        """Return which requests have verification steps, ``[requests]``."""
+        import polars as pl
+
+        there = np.zeros(trace.requests, bool)
+        for path in (self._path(segment, STEPS) for segment in trace.segments if segment.has_steps):
+            try:
+                requests = pl.scan_parquet(path, glob=False).select(pl.col("request").unique()).collect()
+            except (OSError, pl.exceptions.PolarsError) as error:
+                raise unreadable(path, error) from None
+            numbers = requests["request"].to_numpy()
+            if numbers.max(initial=0) >= trace.requests:
+                raise unreadable(path, "its requests are outside what the manifest says")
+            there[numbers] = True
+        return there
 
     def connect(self, variables: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
         """Return a DuckDB connection with the store's views that can read the store and nothing else."""

@@ -14,11 +14,15 @@ from tracekit.store.reader import Store, unreadable
 if TYPE_CHECKING:
     import polars as pl
 
+_LISTED = 4
+"""Batch sizes that a note lists one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
     """Consecutive tokens of a trace's requests in one phase, and what to tell about lengths that they do not have."""
 
+    trace: TraceInfo
     phase: Phase
     requests: pl.DataFrame
     """Those with tokens of the phase: the columns of the ``requests`` view, and ``longest``, their longest run."""
@@ -49,7 +53,7 @@ class Runs:
                 raise unreadable(path, error) from None
         joined = pl.concat(frames).join(requests, on="request")
         longest = joined.group_by("request").agg(pieces[phase].max().alias("longest")).filter(pl.col("longest") > 0)
-        return cls(phase, requests.join(longest, on="request"))
+        return cls(trace, phase, requests.join(longest, on="request"))
 
     def fit(self, asked: int | None, default: int, name: str, *, least: int = 1, reach: int = 0) -> int:
         """Return the length to measure: the one asked for, or the default as far as the trace has it.
@@ -99,7 +103,8 @@ class Runs:
         if by in ("label", "request"):
             key = "label" if by == "label" else "request_id"
             there, under = having.group_by(key).len()["len"].min() or 0, f" under some {by}s"  # type: ignore[assignment]
-        null = [str(size) for size in sizes if size > max(there, 1)]
+        null = [size for size in sorted(sizes) if size > max(there, 1)]
         if null:
-            which = f"batch size {', '.join(null)} is null for windows of {window} tokens"
+            listed = ", ".join(map(str, null)) if len(null) <= _LISTED else f"{null[0]} … {null[-1]}"
+            which = f"batch size {listed} is null for windows of {window} token{'s' * (window > 1)}"
             self.notes.append(f"{which}: fewer requests have one ({there}{under})")

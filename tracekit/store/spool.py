@@ -22,7 +22,7 @@ SPOOL_ROWS = 500_000
 """Rows that are held in memory, and rows of a row group."""
 
 Columns = Mapping[str, NDArray[Any] | str]
-"""Columns by name; a text is that of every row."""
+"""Columns by name; a text is that of every row, what is masked is null."""
 
 
 class Spool:
@@ -45,7 +45,9 @@ class Spool:
 
         for column in columns.values():
             self._digest.update(column.encode() if isinstance(column, str) else np.ascontiguousarray(column).data)
-        frame = pl.DataFrame(dict(columns))
+            if np.ma.is_masked(column):
+                self._digest.update(np.ma.getmaskarray(column).data)
+        frame = pl.DataFrame({name: _with_nulls(column) for name, column in columns.items()})
         self._held.append(frame)
         self._held_rows += frame.height
         self.rows += frame.height
@@ -88,6 +90,14 @@ class Spool:
         self._held, self._held_rows = [], 0
 
 
+def _with_nulls(column: NDArray[Any] | str) -> Any:
+    import polars as pl
+
+    if not np.ma.is_masked(column):
+        return column
+    return pl.select(pl.when(pl.Series(~np.ma.getmaskarray(column))).then(pl.Series(np.ma.getdata(column)))).to_series()
+
+
 def step_columns(request: int, steps: VerifySteps, layers: tuple[int, ...], num_experts: int) -> Iterator[Columns]:
     """Yield the rows of ``steps.parquet`` of one request, a layer at a time: sorted by layer, step, row.
 
@@ -104,13 +114,13 @@ def step_columns(request: int, steps: VerifySteps, layers: tuple[int, ...], num_
     """
     step = np.repeat(np.arange(len(steps.n_rows), dtype=np.uint32), steps.n_rows)
     first = np.repeat(np.cumsum(steps.n_rows) - steps.n_rows, steps.n_rows)
-    row = np.arange(len(step)) - first
+    kept = steps.kept_rows
     fixed: dict[str, NDArray[Any]] = {
         "request": np.full(len(step), request, np.uint32),
         "step": step,
-        "row": row.astype(np.uint16),
-        "pos": (np.repeat(steps.start_pos, steps.n_rows) + row).astype(np.uint32),
-        "kept": row <= np.repeat(steps.n_accepted, steps.n_rows),
+        "row": (np.arange(len(step)) - first).astype(np.uint16),
+        "pos": (np.repeat(steps.start_pos, steps.n_rows) + steps.depths).astype(np.uint32),
+        "kept": np.ma.array(kept == 1, mask=kept < 0) if (kept < 0).any() else kept == 1,
     }
     for entry, number in enumerate(layers):
         ids = steps.ids[:, entry].astype(id_dtype(num_experts))

@@ -104,6 +104,7 @@ def _traces(traces: list[TraceInfo]) -> str:
         "id_space": "VARCHAR",
         "router_order": "BOOLEAN",
         "drafts_included": "BOOLEAN",
+        "predicted": "INTEGER",
         "histogram": "BOOLEAN",
         "default_phase": "VARCHAR",
         "content": "VARCHAR",
@@ -115,6 +116,7 @@ def _traces(traces: list[TraceInfo]) -> str:
             "trace": trace.name,
             "moe_layers": len(trace.meta.layers),
             "top_k": trace.meta.top_k or None,
+            "predicted": max(s.predicted for s in trace.segments) or None,
             **{n: getattr(trace, n) for n in ("requests", "tokens", "rows", "default_phase", "content", "created")},
             **({} if trace.meta.top_k else {"tokens": None}),
         }

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from tracekit.errors import SourceError
 from tracekit.sources.base import AnyArray, IngestOptions, RawRequest, Reader
-from tracekit.sources.bundle import TORCH_VALUES, Bundle, Held, Item, as_item, refuse_shared
+from tracekit.sources.bundle import TORCH_VALUES, Bundle, Item, as_item, refuse_shared
 from tracekit.sources.files import allocate, file_size, read_head, reading
 from tracekit.sources.logits import ids_dtype, require_plain, top_k
 from tracekit.sources.readers.arrays import ID_KEYS, PROMPT_KEY
 from tracekit.sources.safetensors import is_safetensors
+from tracekit.sources.tensors import Held
 from tracekit.sources.torchfile import ZIP_MAGIC, is_torch
 
 _NUMBER = re.compile(r"\d+")
