@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tracekit.checks import Checker, Finding, ordered
-from tracekit.errors import SourceError, StoreError, UsageError
+from tracekit.checks import OF_INGEST, Checker, Finding, findings_of_parts, ordered
+from tracekit.errors import SourceError, UsageError
 from tracekit.schema import Request
 from tracekit.sources.mend import Mends
-from tracekit.sources.released import released_top_k
+from tracekit.sources.released import released_experts, released_top_k
 from tracekit.store import Store, TraceInfo
-from tracekit.store.manifest import SEGMENTS, is_store
+from tracekit.store.manifest import is_store
+from tracekit.store.recheck import checkers
 from tracekit.store.writer import Progress, default_name, open_mended, reading_options
 
 if TYPE_CHECKING:
     import polars as pl
-
-TOKENS = "tokens.parquet"
 
 _REFUSALS = {
     r"twice in one row": "duplicate-ids",
@@ -37,6 +33,8 @@ _REFUSALS = {
     r"axes|axis": "ambiguous-axes",
     r"prompt of \d+ tokens|--phase prefill": "prompt-dropped",
     r"more than the model's": "surplus-top-k",
+    r"^router weight": "invalid-weights",
+    r"^contradiction about": "contradiction",
 }
 """What ingest refuses, by what its message says, and the name of the finding."""
 
@@ -54,7 +52,7 @@ def check(
     """Say what is wrong with a source or with the traces of a store.
 
     Requests are looked at row by row for copies, gaps and ids that no router makes (after some 8 million ids one in 16
-    of them); what takes statistics looks at a sample of some 30,000 rows. A finding says how much was looked at.
+    of them); what takes statistics looks at a sample of some 25,000 rows. A finding says how much was looked at.
 
     Parameters
     ----------
@@ -121,7 +119,8 @@ def _check_source(paths: list[Path], mends: Mends, progress: Progress | None, re
     tokens = 0
     try:
         stream = open_mended(paths, options, mends)
-        checker = Checker(stream.meta, released_top_k(stream.meta))
+        meta = stream.meta
+        checker = Checker(meta, released_top_k(meta), released_experts(meta), options.phase)
         for request in stream.requests():
             checker.add(request)
             tokens += len(request.ids) if isinstance(request, Request) else 0
@@ -141,7 +140,8 @@ def _refusal(error: SourceError) -> Finding | None:
     where = error.where or ""
     if "does not say how many experts" in error.found or ", request " not in where:
         return None
-    name = next((name for pattern, name in _REFUSALS.items() if re.search(pattern, error.found)), "refused")
+    other = "verification-steps" if ", verification steps" in where else "refused"
+    name = next((name for pattern, name in _REFUSALS.items() if re.search(pattern, error.found)), other)
     expected = f"; expected {error.expected}" if error.expected else ""
     return Finding(
         "serious",
@@ -161,72 +161,5 @@ def check_trace(store: Store, info: TraceInfo) -> list[Finding]:
     StoreError
         A file of the store cannot be read.
     """
-    checker = Checker(info.meta, released_top_k(info.meta))
-    if not info.meta.histogram:
-        for request in _requests(store, info):
-            checker.add(request)
-    return checker.findings(info.notes)
-
-
-def _requests(store: Store, info: TraceInfo) -> Iterator[Request]:
-    """Yield the trace's requests again, in order, from its blocks."""
-    rows = {row["request"]: row for row in store.requests(info).iter_rows(named=True)}
-    tokens = _Tokens(store, info)
-    begun: list[NDArray[Any]] = []  # layers of a request that goes on in the next block
-    for block in store.blocks(info):
-        runs = block.runs
-        for number in np.unique(runs["request"]).tolist():
-            of_request = np.flatnonzero(runs["request"] == number)
-            layers = np.unique(runs["layer"][of_request])
-            of_layer = of_request[runs["layer"][of_request] == layers[0]]
-            low, count = int(runs["row"][of_request[0]]), int(runs["n"][of_layer].sum())
-            ids = block.ids[:, low : low + count * len(layers)].reshape(-1, len(layers), count)
-            begun.append(ids.transpose(2, 1, 0))
-            if sum(part.shape[1] for part in begun) < len(info.meta.layers):
-                begun[-1] = begun[-1].copy()
-                continue
-            pieces = zip(runs["pos"][of_layer].tolist(), runs["n"][of_layer].tolist(), strict=True)
-            positions = np.concatenate([np.arange(pos, pos + n, dtype=np.int64) for pos, n in pieces])
-            row = rows[number]
-            yield Request(
-                request_id=row["request_id"],
-                ids=begun[0] if len(begun) == 1 else np.concatenate(begun, axis=1),
-                first_pos=int(positions[0]),
-                prompt_len=row["prompt_len"],
-                decode_start=row["decode_start"],
-                positions=positions if len(of_layer) > 1 else None,
-                token_ids=tokens.of(number, count),
-            )
-            begun = []
-
-
-class _Tokens:
-    """The token ids of a trace's requests, read along with its rows."""
-
-    def __init__(self, store: Store, info: TraceInfo) -> None:
-        self._batches = self._read([store.path / SEGMENTS / s.id / TOKENS for s in info.segments if s.has_token_ids])
-        self._requests = np.zeros(0, np.int64)
-        self._ids = np.zeros(0, np.int64)
-
-    def of(self, request: int, count: int) -> NDArray[np.int64] | None:
-        """Return the token ids of a request that is not before the last one asked for, None where it has none."""
-        while not len(self._requests) or self._requests[-1] <= request:
-            batch = next(self._batches, None)
-            if batch is None:
-                break
-            keep = self._requests >= request
-            self._requests = np.concatenate([self._requests[keep], batch[0]])
-            self._ids = np.concatenate([self._ids[keep], batch[1]])
-        low, high = np.searchsorted(self._requests, [request, request + 1])
-        return self._ids[low:high] if high - low == count else None
-
-    @staticmethod
-    def _read(paths: list[Path]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        import polars as pl
-
-        for path in paths:
-            try:
-                for frame in pl.scan_parquet(path, glob=False).collect_batches(maintain_order=True):
-                    yield frame["request"].to_numpy().astype(np.int64), frame["token_id"].to_numpy()
-            except (OSError, pl.exceptions.PolarsError) as error:
-                raise StoreError(f"cannot be read ({error})", where=str(path)) from None
+    found = findings_of_parts(checkers(store, info), info.notes)
+    return ordered([*found, *(f for f in info.findings if f.finding in OF_INGEST)])

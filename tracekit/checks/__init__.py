@@ -4,7 +4,7 @@ A :class:`Checker` is fed the requests of a trace one by one and keeps little: s
 sample of rows. Each detector states what it assumes of a sound trace and how rarely it would fire on one.
 """
 
-from tracekit.checks.checker import Checker
+from tracekit.checks.checker import OF_INGEST, Checker, findings_of_parts
 from tracekit.checks.finding import SEVERITIES, Finding, Severity, is_serious, ordered
 
-__all__ = ["SEVERITIES", "Checker", "Finding", "Severity", "is_serious", "ordered"]
+__all__ = ["OF_INGEST", "SEVERITIES", "Checker", "Finding", "Severity", "findings_of_parts", "is_serious", "ordered"]

@@ -85,9 +85,9 @@ def request_keys(ids: NDArray[np.unsignedinteger[Any]]) -> RequestKeys:
 def set_keys(ids: NDArray[np.unsignedinteger[Any]], num_experts: int) -> Keys:
     """Return a key for each ``[tokens, layers]`` set of ``ids[tokens, layers, k]``, whatever the order of its ranks."""
     table = _scrambled(0, num_experts)
-    keys: Keys = table[ids[..., 0]]
+    keys: Keys = table.take(ids[..., 0])
     for rank in range(1, ids.shape[2]):
-        keys += table[ids[..., rank]]
+        keys += table.take(ids[..., rank])
     return keys
 
 

@@ -183,7 +183,7 @@ def _alignment(sample: Sample, meta: TraceMeta) -> dict[int, Floats]:
     sums = {offset: np.zeros((layers - 1, batches)) for offset in (0, *_OFFSETS)}
     number, fresh = np.zeros(batches), sample.fresh()
     # A large sample needs fewer partners of each row for the same certainty.
-    for partner in _PARTNERS[: max(2, 16 * _ENOUGH // (rows * layers))]:
+    for partner in _PARTNERS[: max(2, 4 * _ENOUGH // (rows * layers))]:
         last = rows - partner - reach
         if last <= reach:
             break

@@ -1,15 +1,17 @@
-"""What a trace's provenance says: a reduced k, ids of replicas, missing prompts, and what engine versions got wrong."""
+"""What a trace's provenance says: a reduced k, missing prompts, phases, and what engine versions got wrong."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import numpy as np
 
 from tracekit.checks.finding import Finding, counted, layers_without
 from tracekit.checks.keys import set_keys
+from tracekit.checks.repeats import enough_choices
 from tracekit.checks.sample import Sample
-from tracekit.schema import Request, TraceMeta
+from tracekit.schema import Phase, Request, TraceMeta
 
 _CAPTURE_AGAIN = "Capture again with a newer version if that was the case"
 
@@ -98,22 +100,6 @@ def reduced(meta: TraceMeta) -> list[Finding]:
     ]
 
 
-def physical(meta: TraceMeta) -> list[Finding]:
-    """Return ``physical-ids`` where ids number replicas of experts."""
-    if meta.id_space != "physical":
-        return []
-    return [
-        Finding(
-            "serious",
-            "physical-ids",
-            "whole trace",
-            f"ids number {meta.num_experts} physical slots: replicas of an expert have different ids",
-            "unique experts and N are too large, overlap too small, load is that after balancing",
-            "Map ids with the physical-to-logical map, or capture with load balancing off",
-        )
-    ]
-
-
 def constant_layers(meta: TraceMeta, sample: Sample) -> list[Finding]:
     """Return ``constant-layer``: one set in every row of a layer, while most other layers vary.
 
@@ -124,7 +110,11 @@ def constant_layers(meta: TraceMeta, sample: Sample) -> list[Finding]:
     layers = len(meta.layers)
     if sample.rows < 64 or layers < 3 or meta.num_experts < meta.top_k + 2:
         return []
-    keys = set_keys(sample.ids(), meta.num_experts)
+    ids = sample.ids()
+    first = set_keys(ids[:64], meta.num_experts)  # few rows show that most layers are not
+    if not (first == first[0]).all(axis=0).any():
+        return []
+    keys = set_keys(ids, meta.num_experts)
     constant = [meta.layers[entry] for entry in np.flatnonzero((keys == keys[0]).all(axis=0)).tolist()]
     if not constant:
         return []
@@ -145,34 +135,126 @@ def constant_layers(meta: TraceMeta, sample: Sample) -> list[Finding]:
 
 
 class Phases:
-    """Prompts: whether their rows are there, and whether rows that are called prefill can be."""
+    """Prompts and phases: whether the prompts' rows are there, and whether rows can be of the phase that was claimed.
 
-    def __init__(self) -> None:
-        self.known = self.dropped = self.requests = 0
-        self.first = ""
+    Parameters
+    ----------
+    claimed
+        The phase that the user gave all rows, where he did.
+    """
+
+    def __init__(self, meta: TraceMeta, claimed: Phase | None) -> None:
+        self.judged = enough_choices(meta)
+        self.claimed = claimed
+        self.known = self.dropped = self.cut = self.requests = self.contradicted = 0
+        self.first_dropped = self.first_cut = self.first_contradicted = ""
 
     def add(self, request: Request) -> None:
         """Take a request."""
         self.requests += 1
-        if not request.prompt_len or len(request.ids) == 0:
+        if len(request.ids) == 0:
+            return
+        first = first_position(request)
+        prompt = request.prompt_len
+        if prompt is None and request.decode_start is not None and request.decode_start > first:
+            prompt = request.decode_start  # --phase prefill: all rows are of the prompt
+        if not prompt:
             return
         self.known += 1
-        first = request.first_pos if request.positions is None else int(request.positions[0])
-        if first >= request.prompt_len or (request.decode_start is not None and first >= request.decode_start):
+        if first >= prompt or (request.decode_start is not None and first >= request.decode_start):
             self.dropped += 1
-            self.first = self.first or request.request_id
+            self.first_dropped = self.first_dropped or request.request_id
+        elif first:
+            self.cut += 1
+            self.first_cut = self.first_cut or request.request_id
+        if self.claimed == "decode" and first < prompt:
+            self.contradicted += 1
+            self.first_contradicted = self.first_contradicted or request.request_id
 
-    def findings(self) -> list[Finding]:
-        """Return ``prompt-dropped`` where prompts are known to exist but have no rows."""
-        if not self.dropped:
-            return []
-        return [
-            Finding(
-                "warning" if 2 * self.dropped > self.known else "note",
-                "prompt-dropped",
-                f"request {self.first!r}" + (f", and {self.dropped - 1:,} more" if self.dropped > 1 else ""),
-                f"{self.dropped:,} of {counted(self.requests, 'request')} have a prompt but no rows of it",
-                "prefill cannot be measured, and load is that of generated tokens alone",
-                "Capture prompts too (no routed_experts_prompt_start) if prefill matters; decode is not affected",
+    def merge(self, other: Phases) -> None:
+        """Add what was seen of the requests that follow."""
+        for count in ("known", "dropped", "cut", "requests", "contradicted"):
+            setattr(self, count, getattr(self, count) + getattr(other, count))
+        for first in ("first_dropped", "first_cut", "first_contradicted"):
+            setattr(self, first, getattr(self, first) or getattr(other, first))
+
+    def findings(self, heads: Counter[int]) -> list[Finding]:
+        """Return ``prompt-dropped`` (known prompts lack rows), ``phase-ignored`` and ``phase-contradicted``.
+
+        Parameters
+        ----------
+        heads
+            Different requests by the key of their first row, of those that are decode because the user said so.
+        """
+        return [*self._missing(), *self._contradictions(heads)]
+
+    def _missing(self) -> list[Finding]:
+        found = []
+        if self.dropped:
+            found.append(
+                Finding(
+                    "warning" if 2 * self.dropped > self.known else "note",
+                    "prompt-dropped",
+                    _and_more(self.first_dropped, self.dropped),
+                    f"{self.dropped:,} of {counted(self.requests, 'request')} have a prompt but no rows of it",
+                    "prefill cannot be measured, and load is that of generated tokens alone",
+                    "Capture prompts too (no routed_experts_prompt_start) if prefill matters; decode is not affected",
+                )
             )
-        ]
+        if self.cut:
+            found.append(
+                Finding(
+                    "note",
+                    "prompt-dropped",
+                    _and_more(self.first_cut, self.cut),
+                    f"{self.cut:,} of {counted(self.requests, 'request')} lack the first rows of their prompt",
+                    "prefill is that of the later rows alone, which have more context before them",
+                    "Capture whole prompts (no routed_experts_prompt_start) if prefill matters; decode is not affected",
+                )
+            )
+        return found
+
+    def _contradictions(self, heads: Counter[int]) -> list[Finding]:
+        """Report rows that cannot be of the phase claimed.
+
+        Prompt lengths decide where there are any. Where there are none, different requests that start with the same
+        row, in every layer and rank, start with the same token and nothing before it: with a prompt. Half of 8 or more
+        requests must do so; the first generated token has its whole prompt before it.
+        """
+        found = []
+        if self.contradicted:
+            found.append(
+                Finding(
+                    "warning",
+                    "phase-ignored",
+                    _and_more(self.first_contradicted, self.contradicted),
+                    f"--phase decode, but {self.contradicted:,} of {counted(self.requests, 'request')} have rows of "
+                    "their prompt, by its length",
+                    "phases follow the prompt lengths: if all rows were generated, decode lacks some of them",
+                    "Leave out --phase if the prompt lengths are right; if rows begin after the prompt, give its "
+                    "length as first_pos in --requests",
+                )
+            )
+        different = heads.total()
+        same = max(heads.values(), default=0)
+        if self.judged and different >= 8 and 2 * same >= different:
+            found.append(
+                Finding(
+                    "warning",
+                    "phase-contradicted",
+                    f"{same:,} of {counted(different, 'request')} that differ",
+                    "--phase decode, but they start with the same row, as prompts do that begin with the same token",
+                    "results of decode hold the rows of prompts",
+                    "Give prompt lengths (--requests) instead of --phase, or leave the prompts' rows out",
+                )
+            )
+        return found
+
+
+def first_position(request: Request) -> int:
+    """Return the position of a request's first row."""
+    return request.first_pos if request.positions is None else int(request.positions[0])
+
+
+def _and_more(request_id: str, requests: int) -> str:
+    return f"request {request_id!r}" + (f", and {requests - 1:,} more" if requests > 1 else "")

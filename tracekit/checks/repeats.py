@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,10 +115,24 @@ class RepeatedRows:
             self.leading.requests.append((request.request_id, int(rows[0]), first, repeats, pairs))
         if tail and len(self.trailing.requests) < 4096 and not _one_token(request, n - last):
             self.trailing.requests.append((request.request_id, int(rows[-1]), last, repeats, pairs))
+        self._keep(rows[:: max(1, n // 128)])
+
+    def merge(self, other: RepeatedRows) -> None:
+        """Add what was seen of the requests that follow."""
+        self.requests += other.requests
+        self.tokens += other.tokens
+        self.repeats += other.repeats
+        self.pairs += other.pairs
+        self.long_runs += other.long_runs
+        self.leading.requests += other.leading.requests
+        self.trailing.requests += other.trailing.requests
+        for rows in other.single:
+            self._keep(rows)
+
+    def _keep(self, rows: Keys) -> None:
         if self.kept < _ROWS_KEPT:
-            some = rows[:: max(1, n // 128)]
-            self.single.append(some)
-            self.kept += len(some)
+            self.single.append(rows)
+            self.kept += len(rows)
 
     def findings(self) -> list[Finding]:
         """Return ``warm-up`` and ``filler-rows``."""
@@ -197,6 +211,20 @@ def _places(request_ids: list[str]) -> str:
     return f"request{'s' if len(request_ids) > 1 else ''} {some}{more}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A request that others are compared with."""
+
+    number: int
+    """Which of the trace it is."""
+    request_id: str
+    rows: int
+    distinct: int
+    """Rows that differ from the one before."""
+    head: int | None
+    """Key of its first row, where all rows are decode, from position 0 on, and no prompt is known."""
+
+
 class Copies:
     """Layers that are copies of other layers, and requests that are copies of other requests.
 
@@ -210,9 +238,11 @@ class Copies:
         self.layers: Counter[tuple[int, int]] = Counter()
         """Tokens for which a layer equals the next layer with the same key."""
         self.changes: Counter[tuple[int, int]] = Counter()
-        self.first: dict[int, tuple[str, int]] = {}
-        self.copies: list[tuple[str, str, int, int]] = []
-        self.requests = self.tokens = self.copied = 0
+        self.first: dict[int, _Seen] = {}
+        """The first request of each key."""
+        self.copies: list[tuple[int, _Seen]] = []
+        """Key and request of those that were there before."""
+        self.requests = self.tokens = 0
 
     def add(self, request: Request, keys: RequestKeys) -> None:
         """Take a request's keys."""
@@ -229,14 +259,30 @@ class Copies:
             self.changes[pair] += 1 + int((of_pair[1:] != of_pair[:-1]).any(axis=1).sum())
         if n == 0:
             return
-        key = keys.request
-        known = self.first.get(key)
-        if known is not None:
-            self.copied += n
+        claimed = request.prompt_len is None and request.decode_start == 0
+        head = int(keys.rows[0]) if claimed and not leading_run(keys.rows) else None
+        self._compare(keys.request, _Seen(self.requests, request.request_id, n, distinct, head))
+
+    def heads(self) -> Counter[int]:
+        """Return how many different requests start with which row, of those that are called decode without a prompt."""
+        return Counter(seen.head for seen in self.first.values() if seen.head is not None)
+
+    def _compare(self, key: int, seen: _Seen) -> None:
+        if key in self.first:
             if len(self.copies) < 4096:
-                self.copies.append((known[0], request.request_id, n, distinct))
+                self.copies.append((key, seen))
         elif len(self.first) < _MANY:
-            self.first[key] = (request.request_id, n)
+            self.first[key] = seen
+
+    def merge(self, other: Copies) -> None:
+        """Add what was seen of the requests that follow: those equal to one of these are copies."""
+        theirs = sorted([*other.first.items(), *other.copies], key=lambda pair: pair[1].number)
+        for key, seen in theirs:
+            self._compare(key, replace(seen, number=self.requests + seen.number))
+        self.layers += other.layers
+        self.changes += other.changes
+        self.requests += other.requests
+        self.tokens += other.tokens
 
     def findings(self, sample: Sample, rows: Keys) -> list[Finding]:
         """Return ``identical-layers`` and ``identical-requests``.
@@ -278,10 +324,10 @@ class Copies:
                 )
         share = _modal_share(rows) if len(rows) else 1.0
         limit = LOG_ALPHA - 2 * math.log(max(1, self.requests))
-        copies = [c for c in self.copies if share < 1 and c[3] * math.log(share) < limit]
+        copies = [c for c in self.copies if share < 1 and c[1].distinct * math.log(share) < limit]
         if copies:
-            total = sum(n for *_, n, _ in copies)
-            first, second = copies[0][:2]
+            total = sum(seen.rows for _, seen in copies)
+            first, second = self.first[copies[0][0]].request_id, copies[0][1].request_id
             found.append(
                 Finding(
                     "serious" if total >= 0.25 * self.tokens else "warning",
@@ -324,6 +370,7 @@ class Loops:
 
     def __init__(self, meta: TraceMeta) -> None:
         self.meta = meta
+        self.judged = enough_choices(meta)
         self.layers = probes(len(meta.layers), self.LAYERS)
         self.generated = 0
         self.scores = np.zeros(self.BINS + 1, np.int64)
@@ -337,11 +384,22 @@ class Loops:
         ids = request.ids[start:]
         n = len(ids)
         self.generated += n
-        if n < self.BLOCK + self.LAGS // 2 or not enough_choices(self.meta):
+        if n < self.BLOCK + self.LAGS // 2 or not self.judged:
             return
         step = 64 * self.BLOCK
         for low in range(0, n, step):
             self._scan(request.request_id, start + low, ids[low : low + step + self.LAGS][:, self.layers])
+
+    def merge(self, other: Loops) -> None:
+        """Add what was seen of the requests that follow."""
+        self.generated += other.generated
+        self.scores += other.scores
+        self.worst += other.worst
+        self._prune()
+
+    def _prune(self) -> None:
+        if len(self.worst) > 4096:
+            self.worst = sorted(self.worst, reverse=True)[:2048]
 
     def _scan(self, request_id: str, start: int, ids: Ids) -> None:
         keys = set_keys(ids, self.meta.num_experts)
@@ -350,9 +408,7 @@ class Loops:
             return
         blocks = max(1, round((n - self.LAGS) / self.BLOCK))
         size = (n - self.LAGS) // blocks
-        ahead = np.lib.stride_tricks.sliding_window_view(keys, self.LAGS + 1, axis=0)[: blocks * size]
-        same = (ahead[..., 1:] == ahead[..., :1]).reshape(blocks, -1, self.LAGS)
-        shares = (same.sum(axis=1, dtype=np.uint32) / same.shape[1]).T
+        shares = self._shares(keys, blocks, size)
         best, period = np.zeros(blocks), np.ones(blocks, np.int64)
         if shares.max() >= self.THRESHOLD:
             best, period = self._periods(shares)
@@ -363,8 +419,18 @@ class Loops:
             self.worst.append((float(best[at]), request_id, start + at * size, int(period[at])))
         if best.max() < self.THRESHOLD:
             self._scan_long(request_id, start, keys)
-        if len(self.worst) > 4096:
-            self.worst = sorted(self.worst, reverse=True)[:2048]
+        self._prune()
+
+    def _shares(self, keys: Keys, blocks: int, size: int) -> Floats:
+        """Return which share of a block's sets is that of the row some rows later, ``[lags, blocks]``."""
+        by_layer = np.ascontiguousarray(keys.T)
+        layers, rows = len(by_layer), blocks * size
+        step, one = by_layer.strides
+        shape = (self.LAGS, layers, rows)
+        later: Keys = np.ndarray(shape, by_layer.dtype, by_layer, one, (one, step, one))  # a view, moved by 1, 2, …
+        same = (later == by_layer[:, :rows]).astype(np.float32).reshape(self.LAGS, layers, blocks, size)
+        equal = same @ np.ones(size, np.float32)  # a product is the fastest sum, and exact
+        return np.asarray(equal.sum(axis=1, dtype=np.float64) / (layers * size))
 
     def _scan_long(self, request_id: str, start: int, keys: Keys) -> None:
         """Look for a period above ``LAGS // 2`` in ``[rows, layers]`` keys."""

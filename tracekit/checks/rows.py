@@ -28,13 +28,15 @@ class Rows:
         self.tokens = 0
         self.filler = self.alone = 0
         self.first_filler: tuple[str, int] | None = None
-        self.ascending: bool = meta.top_k > 1
+        self.requests = self.ascending = 0
+        """Requests, and those whose ids ascend in every row."""
+        self.ascending_tokens = 0
+        self.first_ascending = ""
         self.rankings = 0
         self.not_rankings = False
         self.first_ranking = ""
         self.missing = self.gaps = self.holed = 0
         self.first_gap: tuple[str, int, int] | None = None
-        self.duplicate: tuple[str, int, int] | None = None
 
     def add(self, request: Request) -> None:
         """Take a request."""
@@ -43,7 +45,11 @@ class Rows:
             return
         if self.meta.top_k > 1:
             self._consecutive(request)
-            self.ascending = self.ascending and _ascending(request.ids)
+            self.requests += 1
+            if _ascending(request.ids):
+                self.ascending += 1
+                self.ascending_tokens += len(request.ids)
+                self.first_ascending = self.first_ascending or request.request_id
             self._rankings(request)
         if request.positions is not None:
             steps = np.diff(request.positions) - 1
@@ -55,6 +61,17 @@ class Rows:
                 if self.first_gap is None:
                     row = int(gaps[0])
                     self.first_gap = (request.request_id, int(request.positions[row]) + 1, int(steps[row]))
+
+    def merge(self, other: Rows) -> None:
+        """Add what was seen of the requests that follow."""
+        for count in (
+            *("tokens", "filler", "alone", "rankings", "missing", "gaps", "holed"),
+            *("requests", "ascending", "ascending_tokens"),
+        ):
+            setattr(self, count, getattr(self, count) + getattr(other, count))
+        for first in ("first_filler", "first_ranking", "first_gap", "first_ascending"):
+            setattr(self, first, getattr(self, first) or getattr(other, first))
+        self.not_rankings = self.not_rankings or other.not_rankings
 
     def _consecutive(self, request: Request) -> None:
         """Count rows that are consecutive ids (``arange``) in every layer; most fail in the first."""
@@ -134,16 +151,25 @@ class Rows:
         ]
 
     def _sorted(self) -> list[Finding]:
-        """Report ids that ascend in every row: a router's order does so with a chance of ``1 / k!`` a row."""
-        rows = self.tokens * len(self.meta.layers)
-        if not self.ascending or -rows * math.lgamma(self.meta.top_k + 1) > LOG_ALPHA:
+        """Report ids that ascend in every row of all requests, or of some: a chance of ``1 / k!`` a row.
+
+        Where some do not, there were 2^requests choices of those that do.
+        """
+        rows = self.ascending_tokens * len(self.meta.layers)
+        some = self.ascending < self.requests
+        choices = self.requests * math.log(2) if some else 0.0
+        if not self.ascending or choices - rows * math.lgamma(self.meta.top_k + 1) > LOG_ALPHA:
             return []
         return [
             Finding(
                 "warning",
                 "sorted-ids",
-                "all rows",
-                f"ids ascend in each of {rows:,} rows",
+                f"request {self.first_ascending!r}"
+                + (f", and {counted(self.ascending - 1, 'more request')}" if self.ascending > 1 else "")
+                if some
+                else "all rows",
+                f"ids ascend in each of {rows:,} rows"
+                + (f" ({percent(self.ascending_tokens, self.tokens)} of all)" if some else ""),
                 "the router's order is lost: no rank-0 repeats, no measure by rank or of a smaller k",
                 "Capture ids in the router's order if ranks matter; unique experts and overlap are not affected",
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,9 @@ STRETCH = 512
 """Rows of a stretch."""
 STRETCHES = 8
 """Stretches taken of one request at most, evenly spread."""
-MOST_ROWS = 32_768
+MOST_ROWS = 24_576
 """Rows kept of a trace at most."""
-MOST_SETS = 1 << 19
+MOST_SETS = 5 << 16
 """Rows times layers kept of a trace with many layers."""
 _MOST_BITS = 1024
 """Bits of a mask: ids of wider layers share them, which hides a little of the dependence and invents none."""
@@ -39,17 +41,24 @@ class Stretch:
 
 
 class Sample:
-    """Stretches of a trace's requests: all of them while they fit, then every second, every fourth and so on.
+    """Stretches of a trace's requests: all of them while they fit, then those of the smallest hashes.
 
-    Which are kept depends on their number alone, so that the sample of a trace is the same however it was read.
+    Which are kept depends on the names of the requests alone, so that the sample of a trace is the same however it
+    was read, and that of two halves merged the same as that of the whole.
     """
 
     def __init__(self) -> None:
-        self.stretches: list[Stretch] = []
         self.seen = 0
         """Rows of the whole trace."""
+        self.rows = 0
+        """Rows that are kept."""
         self._number = 0
-        self._every = 1
+        self._heap: list[tuple[int, int, Stretch]] = []
+        """Minus the hash, so that the largest comes first; the number, so that stretches are never compared."""
+        self._bound = 1 << 64
+        """The smallest hash that was dropped: none from there on is kept, or the order of requests would matter."""
+        self._ids: Ids | None = None
+        self._keys: Keys | None = None
 
     def add(self, request_id: str, ids: Ids, breaks: NDArray[np.int64]) -> None:
         """Take stretches of a request ``[tokens, layers, k]``; none reaches over a row of ``breaks``.
@@ -62,31 +71,49 @@ class Sample:
         self.seen += len(ids)
         edges = [0, *(int(row) for row in breaks[: 4 * STRETCHES]), len(ids)]
         for low, high in itertools.pairwise(edges):
-            starts = np.arange(low, high, STRETCH)
-            starts = starts[np.unique(np.linspace(0, len(starts) - 1, min(len(starts), STRETCHES)).astype(int))]
-            for start in starts.tolist():
-                if self._number % self._every == 0:
-                    rows = np.ascontiguousarray(ids[start : min(start + STRETCH, high)])
-                    self.stretches.append(
-                        Stretch(self._number, request_id, start, rows.copy() if rows.base is not None else rows)
-                    )
+            for start in _starts(low, high):
                 self._number += 1
-        while self.rows > min(MOST_ROWS, MOST_SETS // ids.shape[1]) and len(self.stretches) > 1:
-            self._every *= 2
-            self.stretches = [s for s in self.stretches if s.number % self._every == 0]
+                name = f"{start} {request_id}".encode("utf-8", "surrogatepass")
+                hashed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+                if hashed < self._bound:
+                    rows = np.array(ids[start : min(start + STRETCH, high)], order="C")  # a copy: it is kept
+                    self._keep(hashed, Stretch(self._number, request_id, start, rows))
+
+    def merge(self, other: Sample) -> None:
+        """Add the sample of the requests that follow this one's."""
+        self.seen += other.seen
+        self._bound = min(self._bound, other._bound)
+        mine = [(-key, stretch) for key, _, stretch in self._heap]
+        theirs = [(-key, replace(stretch, number=self._number + number)) for key, number, stretch in other._heap]
+        self._heap, self.rows = [], 0
+        self._number += other._number
+        for hashed, stretch in mine + theirs:
+            if hashed < self._bound:
+                self._keep(hashed, stretch)
+
+    def _keep(self, hashed: int, stretch: Stretch) -> None:
+        heapq.heappush(self._heap, (-hashed, stretch.number, stretch))
+        self.rows += len(stretch.ids)
+        self._ids = self._keys = None
+        while self.rows > min(MOST_ROWS, MOST_SETS // stretch.ids.shape[1]) and len(self._heap) > 1:
+            largest, _, dropped = heapq.heappop(self._heap)
+            self.rows -= len(dropped.ids)
+            self._bound = -largest
 
     @property
-    def rows(self) -> int:
-        """Return the rows that are kept."""
-        return sum(len(s.ids) for s in self.stretches)
+    def stretches(self) -> list[Stretch]:
+        """Return what is kept, in the order of the trace."""
+        return sorted((stretch for *_, stretch in self._heap), key=lambda s: s.number)
 
     def said(self) -> str:
         """Return how much of the trace was looked at, as text."""
         return f"{self.rows:,} of {self.seen:,} rows" if self.rows < self.seen else f"all {self.seen:,} rows"
 
     def ids(self) -> Ids:
-        """Return the rows of all stretches ``[rows, layers, k]``."""
-        return np.concatenate([s.ids for s in self.stretches])
+        """Return the rows of all stretches ``[rows, layers, k]``; not to be written to."""
+        if self._ids is None:
+            self._ids = np.concatenate([s.ids for s in self.stretches])
+        return self._ids
 
     def fresh(self) -> NDArray[np.bool_]:
         """Return which rows were not there before in the sample ``[rows]``: copies are no further evidence."""
@@ -96,12 +123,23 @@ class Sample:
         return mask
 
     def keys(self) -> Keys:
-        """Return a key for each row ``[rows]``."""
-        return np.concatenate([request_keys(s.ids).rows for s in self.stretches])
+        """Return a key for each row ``[rows]``; not to be written to."""
+        if self._keys is None:
+            self._keys = request_keys(self.ids()).rows
+        return self._keys
 
     def unit(self) -> NDArray[np.int64]:
         """Return the stretch of each row ``[rows]``."""
-        return np.repeat(np.arange(len(self.stretches)), [len(s.ids) for s in self.stretches])
+        return np.repeat(np.arange(len(self._heap)), [len(s.ids) for s in self.stretches])
+
+
+def _starts(low: int, high: int) -> list[int]:
+    """Return where the stretches of the rows ``low .. high - 1`` start."""
+    starts = range(low, high, STRETCH)
+    if len(starts) <= STRETCHES:
+        return list(starts)
+    chosen = np.unique(np.linspace(0, len(starts) - 1, STRETCHES).astype(int))
+    return [starts[i] for i in chosen.tolist()]
 
 
 def masks(ids: Ids, num_experts: int) -> NDArray[np.uint64]:

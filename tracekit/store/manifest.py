@@ -36,8 +36,8 @@ from tracekit.schema import SCHEMA_VERSION, Phase, TraceMeta
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 RESULTS = "results"
-VERSION = 1
-"""Version of the results, part of their names: raise it when a metric's numbers change."""
+VERSION = 2
+"""Version of the results, part of their names: raise it when a metric's numbers or columns change."""
 TEMPORARY = ".writing-"
 """Prefix of files that are being written."""
 _FORMAT = "tracekit-store"

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.checks import Checker, ordered
+from tracekit.checks import OF_INGEST, Checker, findings_of_parts, ordered
 from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
-from tracekit.schema import Histogram, IdSpace, Predictions, Request, TraceMeta, id_dtype
+from tracekit.schema import Histogram, IdSpace, Phase, Predictions, Request, TraceMeta, id_dtype
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.config import load_config
 from tracekit.sources.files import fault
 from tracekit.sources.histograms import tokens_of
 from tracekit.sources.mend import Mended, Mends, Stream
-from tracekit.sources.released import released_top_k
+from tracekit.sources.released import released_experts, released_top_k
 from tracekit.store.ahead import ahead
 from tracekit.store.manifest import (
     MANIFEST,
@@ -41,6 +41,8 @@ from tracekit.store.manifest import (
     sync_directory,
     write_manifest,
 )
+from tracekit.store.reader import Store
+from tracekit.store.recheck import checkers
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS, Spool, count_columns, prediction_columns, step_columns
 
 if TYPE_CHECKING:
@@ -165,6 +167,7 @@ def ingest(
         [p.name for p in paths],
         append=append,
         force=force,
+        phase=phase,
         progress=progress,
     )
 
@@ -177,14 +180,27 @@ def reading_options(
     labels: Mapping[str, str] | None = None,
     **others: Any,
 ) -> IngestOptions:
-    """Return the options for reading a source, with the files that they name read in; arguments as in `ingest`."""
-    return IngestOptions(
+    """Return the options for reading a source, with the files that they name read in; arguments as in `ingest`.
+
+    Raises
+    ------
+    UsageError
+        Two options contradict each other, whatever the source says.
+    """
+    options = IngestOptions(
         config=load_config(Path(config)) if config is not None else None,
         labels=dict(labels or {}),
         label_fields=tuple(label_fields),
         requests=_sidecar(requests),
         **others,
     )
+    if options.config and options.num_experts not in (None, options.config.num_experts):
+        raise UsageError(
+            f"--num-experts {options.num_experts}, but --config {config} says {options.config.num_experts}",
+            expected="one number of experts per layer",
+            remedy="Leave out --num-experts, or give the config of the model that was traced",
+        )
+    return options
 
 
 def open_mended(paths: Sequence[Path], options: IngestOptions, mends: Mends) -> Stream:
@@ -309,17 +325,23 @@ def _store_trace(
     *,
     append: bool,
     force: bool,
+    phase: Phase | None = None,
     progress: Progress | None = None,
 ) -> TraceInfo:
-    """Write one trace as a segment and commit it; the store is as it was before if anything fails."""
+    """Write one trace as a segment and commit it; the store is as it was before if anything fails.
+
+    What is appended to is checked again, from its rows: copies, shares and statistics are those of all requests.
+    """
     with _writable_store(root) as traces:
         existing = _existing(traces, root, name, append=append, force=force)
         source = open_trace()
         if append and existing:
             _check_same_shape(existing, source.meta)
         base = existing if append else None
-        writer, checker = _SegmentWriter(root, source.meta, base), Checker(source.meta, released_top_k(source.meta))
-        with writer:
+        before = checkers(Store(root), base) if base else []
+        writer = _SegmentWriter(root, source.meta, base)
+        checker = Checker(source.meta, released_top_k(source.meta), released_experts(source.meta), phase)
+        with writer, ThreadPoolExecutor(1, thread_name_prefix="tracekit-check") as pool:
             requests = source.requests()
             # A trace that is made as it is written stays in this thread: models keep state there.
             for request in requests if isinstance(source, _Given) else ahead(requests):
@@ -327,14 +349,16 @@ def _store_trace(
                 checker.add(request)
                 if progress:
                     progress(source.done_bytes, source.total_bytes, writer.tokens)
+            notes = tuple(dict.fromkeys([*(base.notes if base else ()), *source.notes]))
+            found = pool.submit(findings_of_parts, [*before, checker], notes)  # while the last part is written
             segment = writer.finish(sources)
-        notes, meta = tuple(source.notes), base.meta if base else source.meta
+        meta = base.meta if base else source.meta
         meta = replace(meta, drafts_included=meta.drafts_included or segment.has_steps)
-        findings = tuple(ordered([*(base.findings if base else ()), *checker.findings(notes)]))
+        said = [f for f in base.findings if f.finding in OF_INGEST] if base else []
+        findings = tuple(ordered([*said, *found.result()]))
         if base:
-            segments, both = (*base.segments, segment), (*base.notes, *notes)
-            both = tuple(dict.fromkeys(both))
-            trace = replace(base, meta=meta, segments=segments, notes=both, findings=findings)
+            segments = (*base.segments, segment)
+            trace = replace(base, meta=meta, segments=segments, notes=notes, findings=findings)
         else:
             trace = TraceInfo(name, meta, _now(), (segment,), notes, findings)
         committed = [trace if t.name == name else t for t in traces]
