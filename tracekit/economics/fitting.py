@@ -94,6 +94,7 @@ def fit(
             xtol=1e-10,
             ftol=1e-12,
             gtol=1e-12,
+            max_nfev=100,
         )
         for start in starts
     ]

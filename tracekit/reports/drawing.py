@@ -39,6 +39,8 @@ class Line:
     color: str
     dash: tuple[int, ...]
     meaning: str
+    named: bool = True
+    """Whether its name stands at its end."""
 
 
 LINES = {
@@ -118,8 +120,9 @@ def ladder(
     lines: Mapping[str, Iterable[tuple[int, float | None, float | None, float | None, Row]]],
     more: Callable[[float, Row], Row],
     prefix: str = "",
+    styles: Mapping[str, Line] = LINES,
 ) -> list[Row]:
-    """Return the points of one panel, each line's last one with the line's name."""
+    """Return the points of one panel, each line's last one with the line's name; ``styles`` say what a line means."""
     data: list[Row] = []
     for name, points in lines.items():
         drawn = [point for point in sorted(points, key=lambda p: p[0]) if finite(point[1]) is not None]
@@ -134,11 +137,11 @@ def ladder(
                     "y": y,
                     "lo": lo if band else None,
                     "hi": hi if band else None,
-                    "meaning": LINES[name].meaning,
+                    "meaning": styles[name].meaning,
                     **more(y, row),
                 }
             )
-        if drawn:
+        if drawn and styles[name].named:
             data[-1]["name"] = prefix + name
     return data
 
@@ -165,8 +168,10 @@ def line_chart(
     *,
     x: tuple[str, str],
     y: tuple[str, str],
-    title: tuple[str, str],
+    title: tuple[str, ...],
     more: Sequence[tuple[str, str, str]],
+    styles: Mapping[str, Line] = LINES,
+    level: float = 0,
 ) -> Chart:
     """Return lines with their bands and names, a plot for each panel.
 
@@ -179,9 +184,13 @@ def line_chart(
     y
         Title of the axis, and the format of its values.
     title
-        Title and subtitle.
+        Title and subtitles.
     more
         Field, name and format of what else a point's tooltip shows.
+    styles
+        How each line looks, in the order in which they are drawn; the first that are drawn lie below.
+    level
+        Where the vertical axis starts, or below where a line goes there.
     """
     import altair as alt
 
@@ -190,7 +199,7 @@ def line_chart(
     panels = list(dict.fromkeys(row["panel"] for row in data))
     width, height = (WIDTH, HEIGHT) if len(panels) == 1 else (PANEL_WIDTH, PANEL_HEIGHT)
     top = max(max(row["y"], row["hi"] or 0) for row in data)
-    bottom = min(0, *(min(row["y"], row["lo"] or 0) for row in data))
+    bottom = min(level, *(min(row["y"], row["y"] if row["lo"] is None else row["lo"]) for row in data))
     at = sorted({row["x"] for row in data})
     # Room for the lines' names to the right of the last point.
     room = (85 + LEADER) / width
@@ -214,22 +223,22 @@ def line_chart(
         # A null interval would be shown as zeros by a tooltip's number format.
         row["interval"] = "none" if row["lo"] is None else f"{row['lo']:{y[1]}} to {row['hi']:{y[1]}}"
 
-    series = [name for name in LINES if any(row["series"] == name for row in data)]
-    axis = alt.Axis(values=_ticks(at, width), format="d", grid=False, labelFlush=False)
+    series = [name for name in styles if any(row["series"] == name for row in data)]
+    axis = alt.Axis(values=(_powers if x[1] == "log" else _ticks)(at, width), format="d", grid=False, labelFlush=False)
     base = alt.Chart().encode(
         x=alt.X("x:Q", title=x[0], scale=scale, axis=axis),
         color=alt.Color(
             "series:N",
-            scale=alt.Scale(domain=series, range=[LINES[s].color for s in series]),
+            scale=alt.Scale(domain=series, range=[styles[s].color for s in series]),
             legend=None,
         ),
     )
-    vertical = alt.Y(
-        "y:Q",
-        title=y[0],
-        scale=alt.Scale(domain=[bottom, top * 1.05]),
-        axis=alt.Axis(format="%" if "%" in y[1] else "~g", tickCount=6),
-    )
+    look: dict[str, Any] = {
+        "title": y[0],
+        "scale": alt.Scale(domain=[bottom, top * 1.05], zero=False),
+        "axis": alt.Axis(format="%" if "%" in y[1] else "~g", tickCount=6),
+    }
+    vertical = alt.Y("y:Q", **look)
     tooltip = [
         alt.Tooltip("series:N", title="line"),
         alt.Tooltip("meaning:N"),
@@ -239,7 +248,7 @@ def line_chart(
         *(alt.Tooltip(f"{field}:Q", title=name, format=fmt) for field, name, fmt in more),
     ]
     dash = alt.StrokeDash(
-        "series:N", scale=alt.Scale(domain=series, range=[list(LINES[s].dash) or [1, 0] for s in series]), legend=None
+        "series:N", scale=alt.Scale(domain=series, range=[list(styles[s].dash) or [1, 0] for s in series]), legend=None
     )
     layers: list[alt.Chart] = []
     banded = any(row["lo"] is not None for row in data)
@@ -247,8 +256,7 @@ def line_chart(
         layers.append(
             base.transform_filter("isValid(datum.lo)")
             .mark_area(opacity=0.18)
-            .encode(y=vertical, y2="hi:Q")
-            .encode(y=alt.Y("lo:Q", title=y[0]))
+            .encode(y=alt.Y("lo:Q", **look), y2="hi:Q")
         )
     # Where points stand close, those of the baselines are there for their tooltips only.
     crowded = len(at) > 12
@@ -262,7 +270,7 @@ def line_chart(
         .encode(x="name_x:Q", y=alt.Y("name_y:Q", title=y[0]), text="name:N"),
     ]
     subtitles = (*title, "shaded: 95 % interval") if banded else title
-    return _page(_panelled(alt.LayerChart(layer=layers), data, panels, width, height), subtitles)
+    return page(panelled(alt.LayerChart(layer=layers), data, panels, width, height), subtitles)
 
 
 def _ticks(values: Sequence[int], width: int) -> list[int]:
@@ -274,6 +282,13 @@ def _ticks(values: Sequence[int], width: int) -> list[int]:
     round_ones = [v for v in values if v % step == 0]
     # The first one too, unless its number would run into the next.
     return [values[0], *round_ones] if 2 * (round_ones[0] - values[0]) > step else round_ones
+
+
+def _powers(values: Sequence[int], width: int) -> list[int]:
+    """Return as many of the values as have room for their numbers on a logarithmic axis: powers of two come first."""
+    most = width // 34
+    chosen = list(values) if len(values) <= most else [v for v in values if v.bit_count() == 1]
+    return chosen[:: math.ceil(len(chosen) / most)] if chosen else _ticks(values, width)
 
 
 # Heatmaps
@@ -330,10 +345,10 @@ def heatmap(
         )
         charts.append(cells)
     if len(panels) == 1:
-        return _page(charts[0], title)
+        return page(charts[0], title)
     for chart, panel in zip(charts, panels, strict=True):
         chart.title = alt.Title(panel, fontSize=13, fontWeight="normal", frame="group", offset=8, limit=PANEL_WIDTH)
-    return _page(alt.concat(*charts, columns=2), title)
+    return page(alt.concat(*charts, columns=2), title)
 
 
 def rounded(values: Sequence[float]) -> list[float]:
@@ -389,7 +404,7 @@ def waterfall(data: list[Row], axis_title: str, title: tuple[str, ...]) -> Chart
             x=alt.X("right:Q", title=axis_title), text="text:N"
         ),
     ]
-    return _page(_panelled(alt.LayerChart(layer=layers), data, panels, width, 200, own_scales=True), title)
+    return page(panelled(alt.LayerChart(layer=layers), data, panels, width, 200, own_scales=True), title)
 
 
 def _between(low: float, high: float) -> list[float]:
@@ -415,7 +430,7 @@ def _values(data: list[Row]) -> dict[str, list[Row]]:
     return {"values": [{k: v for k, v in row.items() if v is not None} for row in data]}
 
 
-def _panelled(
+def panelled(
     body: alt.LayerChart, data: list[Row], panels: Sequence[str], width: int, height: int, *, own_scales: bool = False
 ) -> Chart:
     """Return the plot with its data, in panels where there are several: side by side if they share their scales."""
@@ -433,13 +448,13 @@ def _panelled(
     return resolved
 
 
-def _page(page: Chart, title: tuple[str, ...]) -> Chart:
+def page(chart: Chart, title: tuple[str, ...]) -> Chart:
     """Put a title on a chart and give it the look of all."""
     import altair as alt
 
-    page = page.properties(title=alt.Title(title[0], subtitle=list(title[1:])))
+    chart = chart.properties(title=alt.Title(title[0], subtitle=list(title[1:])))
     styled: Chart = (
-        page.configure(background="white", font="Helvetica, Arial, sans-serif", padding=10)
+        chart.configure(background="white", font="Helvetica, Arial, sans-serif", padding=10)
         .configure_view(stroke=None)
         .configure_axis(
             labelFontSize=12,
