@@ -29,6 +29,8 @@ _COST = (
         "--context", metavar="TOKENS", type=click.IntRange(min=0), help="Context per request. [default: 1024]"
     ),
     click.option("--kv-bits", type=click.FloatRange(min=1, max=64), help="Bits per number of the cache. [default: 16]"),
+)
+_PARALLEL = (
     click.option("--tensor-parallel", metavar="N", type=click.IntRange(min=1), help="Devices that share each weight."),
     click.option("--expert-parallel", metavar="N", type=click.IntRange(min=1), help="Groups that share the experts."),
 )
@@ -51,6 +53,11 @@ _ACCEPTANCE = (
 
 def cost_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add what runs on what; the function gets those that were given as ``cost``, by the names of `CostOptions`."""
+    return _collected(function, _COST + _PARALLEL, "cost")
+
+
+def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what runs on one device; the function gets those that were given as ``cost``."""
     return _collected(function, _COST, "cost")
 
 

@@ -15,9 +15,8 @@ Precision = Literal["bf16", "fp8"]
 
 _TABLE = Path(__file__).with_name("hardware.toml")
 
-# What no device of today comes near, in either direction: a figure outside was given in another unit.
-_BANDWIDTH = (1e8, 1e15)
-_FLOPS = (1e9, 1e19)
+BANDWIDTH, FLOPS = (1e8, 1e15), (1e9, 1e19)
+"""What no device of today comes near, in either direction: a figure outside was given in another unit."""
 _SECONDS = (0.0, 10.0)
 
 
@@ -52,13 +51,13 @@ class Hardware:
     """Share of the shorter of reading and computing that is hidden behind the longer: 1 is a roofline, 0 a sum."""
 
     def __post_init__(self) -> None:
-        _check("bandwidth", self.bandwidth, *_BANDWIDTH, unit="bytes per second")
-        _check("flops", self.flops, *_FLOPS, unit="FLOP per second")
+        _check("bandwidth", self.bandwidth, *BANDWIDTH, unit="bytes per second")
+        _check("flops", self.flops, *FLOPS, unit="FLOP per second")
         _check("overhead", self.overhead, *_SECONDS, unit="seconds")
         _check("launch", self.launch, *_SECONDS, unit="seconds")
         _check("sampling", self.sampling, *_SECONDS, unit="seconds")
         if self.link != math.inf:
-            _check("link", self.link, 1e6, _BANDWIDTH[1], unit="bytes per second")
+            _check("link", self.link, 1e6, BANDWIDTH[1], unit="bytes per second")
         _check("bandwidth_share", self.bandwidth_share, 1e-3, 1.0)
         _check("flops_share", self.flops_share, 1e-3, 1.0)
         _check("overlap", self.overlap, 0.0, 1.0)

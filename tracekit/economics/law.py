@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tracekit import markup
 from tracekit.errors import UsageError
 
 Floats = NDArray[np.float64]
@@ -115,7 +116,7 @@ class RoutingLaw:
     layers: tuple[LayerLaw, ...]
     source: Mapping[str, Any] = field(default_factory=dict)
     """What it was fitted to: JSON-serialisable."""
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[Figure, ...] = field(default=(), repr=False)
     """How well it fits."""
 
     def __post_init__(self) -> None:
@@ -187,6 +188,24 @@ class RoutingLaw:
         from tracekit.economics.law_file import dump
 
         return dump(self)
+
+    def _repr_html_(self) -> str:
+        about = f"law of routing: N = {self.num_experts}, k = {self.top_k}, MoE layers: {len(self.layers)}"
+        if trace := self.source.get("trace"):
+            about += f", fitted to trace {trace}"
+        values = {name: self.parameter(name) for name in PARAMETERS}
+        rows = [(name, float(v.mean()), float(v.min()), float(v.max())) for name, v in values.items()]
+        return markup.table(("parameter", "mean", "least", "most"), rows, title=about, notes=self._errors())
+
+    def _errors(self) -> Iterator[str]:
+        """Say in sentences how well the law fits: a union by its share, an overlap as it is."""
+        for name, relative in (("unique", True), ("overlap", False)):
+            for target, what in ((True, "fitted"), (False, "predicted")):
+                figures = [f for f in self.figures if f.quantity == name and f.target == target]
+                errors = [abs(f.law - f.observed) / (f.observed if relative else 1) for f in figures]
+                if errors:
+                    worst = f"{max(errors):.1%}" if relative else f"{max(errors):.3f}"
+                    yield f"{name}, {what}: within {worst} of the trace ({len(figures)} figures)"
 
     def parameter(self, name: str) -> Floats:
         """Return one parameter of every layer ``[layers]``."""

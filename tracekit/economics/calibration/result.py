@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.economics import calibration_notes as said
-from tracekit.economics.benchmarks import Cell
-from tracekit.economics.calibrate import Fitted, Parameter, Points, fit_amdahl, fit_roofline, tuned
+from tracekit import markup
+from tracekit.economics.calibration import notes as said
+from tracekit.economics.calibration.benchmarks import Cell
+from tracekit.economics.calibration.fits import Fitted, Parameter, Points, fit_amdahl, fit_roofline, tuned
+from tracekit.economics.calibration.least_squares import Floats
 from tracekit.economics.cost import CostModel
-from tracekit.economics.fitting import Floats
 from tracekit.economics.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Calibration:
     """Share of the variance of the logarithms that the model explains."""
     hardware: Hardware | None = None
     """The machine with what was identified in place of the data sheet's figures; None without a model."""
+    acceptance_rate: float | None = None
+    """Chance that a draft is accepted by the acceptance lengths that the measurements say; None where they say none."""
 
     @property
     def measured(self) -> Floats:
@@ -55,6 +58,11 @@ class Calibration:
     def value(self, name: str) -> float | None:
         """Return the estimate of a parameter, None where the data do not tell it."""
         return next((p.estimate for p in self.fitted if p.name == name), None)
+
+    def _repr_html_(self) -> str:
+        rows = [(p.name, p.estimate, p.lo, p.hi, p.unit) for p in self.fitted]
+        title = f"fitted to {len(self.cells)} measured points"
+        return markup.table(("parameter", "estimate", "lo", "hi", "unit"), rows, title=title, notes=self.notes)
 
     @property
     def routed_share(self) -> float | None:
@@ -115,6 +123,7 @@ def calibrated(
     *,
     hold: Sequence[str] = (),
     draft_cost: float | None = None,
+    acceptance_rate: float | None = None,
     notes: Sequence[str] = (),
 ) -> Calibration:
     """Fit what the points can tell and say how well it holds.
@@ -129,6 +138,8 @@ def calibrated(
         Parameters that keep the value that the machine has.
     draft_cost
         What a draft costs in steps without speculation, where it is known.
+    acceptance_rate
+        What the measurements say of the acceptance.
     notes
         What is known already.
     """
@@ -159,6 +170,7 @@ def calibrated(
         residual_sd=sd,
         r_squared=r_squared,
         hardware=machine,
+        acceptance_rate=acceptance_rate,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracekit.economics.benchmark_names import (
+from tracekit.economics.calibration.names import (
     NAME_OF,
     NAMES,
     REQUEST,
@@ -23,7 +23,7 @@ from tracekit.economics.benchmark_names import (
     fault_of,
     quantity_of,
 )
-from tracekit.economics.benchmark_rows import Row, normal
+from tracekit.economics.calibration.rows import Row, normal
 from tracekit.errors import SourceError
 
 

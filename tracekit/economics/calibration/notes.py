@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tracekit.economics.calibrate import Fitted, Parameter, Points
-from tracekit.economics.fitting import trend
+from tracekit.economics.calibration.fits import Fitted, Parameter, Points
+from tracekit.economics.calibration.least_squares import trend
 from tracekit.economics.hardware import Hardware
 
 _TITLES = {

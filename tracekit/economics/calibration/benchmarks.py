@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from tracekit.economics.benchmark_forms import Entry, entries
-from tracekit.economics.benchmark_names import (
+from tracekit.economics.calibration.forms import Entry, entries
+from tracekit.economics.calibration.names import (
     RATIO,
     REQUEST,
     REQUEST_THROUGHPUT,
@@ -19,11 +19,11 @@ from tracekit.economics.benchmark_names import (
     TOKEN,
     VERIFICATION,
 )
-from tracekit.economics.benchmark_rows import tables
+from tracekit.economics.calibration.rows import tables
 from tracekit.errors import SourceError
 
 if TYPE_CHECKING:
-    from tracekit.economics.benchmark_rows import Measured
+    from tracekit.economics.calibration.rows import Measured
 
 QUANTITIES = (STEP, VERIFICATION, TOKEN, RATIO, SPEEDUP)
 """What a cell's value may be: seconds of a step with its drafting, of the verification alone, or of an output token of

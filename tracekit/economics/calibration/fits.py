@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.economics import amdahl
-from tracekit.economics.benchmark_names import RATIO, SPEEDUP, STEP, TOKEN, VERIFICATION
-from tracekit.economics.benchmarks import Cell
+from tracekit.economics.calibration.benchmarks import Cell
+from tracekit.economics.calibration.least_squares import Fit, Floats, fit
+from tracekit.economics.calibration.names import RATIO, SPEEDUP, STEP, TOKEN, VERIFICATION
 from tracekit.economics.cost import CostModel
-from tracekit.economics.fitting import Fit, Floats, fit
-from tracekit.economics.hardware import Hardware
+from tracekit.economics.hardware import BANDWIDTH, FLOPS, Hardware
 from tracekit.errors import SourceError
 
 RELATIVE = "relative step"
@@ -162,7 +162,11 @@ def fit_roofline(
 
     def run(names: Sequence[str], starts: Sequence[dict[str, float]]) -> Fit:
         begin = {"bandwidth": 1.3, "overhead": 0.1, "flops": 1.0, "draft_cost": 0.1}
-        limits = {"bandwidth": (1e-2, 1e3), "overhead": (0.0, min(10.0, 9.9 / unit)), "flops": (1e-2, 1e3)}
+        limits = {
+            "bandwidth": _slower(machine.bandwidth * machine.bandwidth_share, BANDWIDTH),
+            "overhead": (0.0, min(10.0, 9.9 / unit)),
+            "flops": _slower(machine.flops * machine.flops_share, FLOPS),
+        }
         return fit(
             lambda values: np.log(points.measured / predict(values, names)),
             [[(begin | start)[name] for name in names] for start in starts],
@@ -177,6 +181,13 @@ def fit_roofline(
         held = "flops" not in names
     alone = np.zeros(len(points.cells), bool)
     return Fitted(found, tuple(names), predict(found.values, names), held, alone), unit
+
+
+def _slower(peak: float, possible: tuple[float, float]) -> tuple[float, float]:
+    """Return how many times slower than its peak a machine may come out, so that its figure is possible."""
+    least, most = possible
+    # A little within, so that a difference quotient at the limit does not leave it.
+    return max(0.01, 1.001 * peak / most), max(0.02, min(1e3, peak / (1.001 * least)))
 
 
 def _without_idle_flops(
