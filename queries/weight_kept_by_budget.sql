@@ -40,47 +40,37 @@ weighed as (
         a.layer,
         a.phase as part,
         a.pos::bigint as pos,
-        a.expert,
-        a.weight::double as weight,
-        sum(a.weight::double) over token as total,
-        min(coalesce(a.weight >= 0 and isfinite(a.weight), false)) over token as usable
+        list(a.expert) as experts,
+        list(a.weight::double) as weights,
+        sum(a.weight::double) as total
     from activations as a
     join scope on a.trace = scope.trace and (scope.phase = 'all' or a.phase = scope.phase)
-    window token as (partition by scope.trace, a.request, a.layer, a.pos)
+    group by all
+    having bool_and(coalesce(a.weight >= 0 and isfinite(a.weight), false)) and total > 0
 ),
-shares as (
-    select trace, request, layer, part, pos, expert, weight / total as part_of_token
-    from weighed
-    where usable and total > 0
-),
-tokens as (
-    select trace, request, layer, pos, min(pos) over island as first_pos, max(pos) over island as last_pos
+-- Consecutive tokens have consecutive numbers: a window is named by that of its first token.
+tokens as materialized (
+    select *, min(token) over island as first_token, max(token) over island as last_token
     from (
         select *, pos - row_number() over (partition by trace, request, layer, part order by pos) as run
-        from (select distinct trace, request, layer, part, pos from shares)
+        from (select *, row_number() over (order by trace, request, layer, part, pos) as token from weighed)
     )
     window island as (partition by trace, request, layer, part, run)
 ),
--- Each token in each of its windows, by the window's first position.
-members as (
-    select t.trace, t.request, t.layer, t.pos, t.pos - d.offset_in as start
-    from tokens as t
-    cross join asked
-    cross join (select unnest(generate_series(0, asked."window" - 1)) as offset_in from asked) as d
-    where t.pos - d.offset_in >= t.first_pos and t.pos - d.offset_in + asked."window" - 1 <= t.last_pos
-),
-ranked as (
-    select
-        *,
-        row_number() over best as rank,
-        sum(mass) over best as carried
+-- Each expert of a token in each of the token's windows.
+members as materialized (
+    select t.token - d.offset_in as start, t.token, t.expert, t.part_of_token
     from (
-        select m.trace, m.request, m.layer, m.start, s.expert, sum(s.part_of_token) as mass
-        from members as m
-        join shares as s using (trace, request, layer, pos)
-        group by all
-    )
-    window best as (partition by trace, request, layer, start order by mass desc, expert)
+        select token, first_token, last_token, unnest(experts) as expert, unnest(weights) / total as part_of_token
+        from tokens
+    ) as t
+    cross join (select unnest(generate_series(0, asked."window" - 1)) as offset_in, "window" from asked) as d
+    where t.token - d.offset_in >= t.first_token and t.token - d.offset_in + d."window" - 1 <= t.last_token
+),
+ranked as materialized (
+    select *, row_number() over best as rank, sum(mass) over best as carried
+    from (select start, expert, sum(part_of_token) as mass from members group by start, expert)
+    window best as (partition by start order by mass desc, expert)
 ),
 by_rank as (
     select
@@ -90,19 +80,21 @@ by_rank as (
         count(*) as windows_with,
         sum(mass) as mass,
         count(*) filter (where carried - mass < asked.share * asked."window" - 1e-9) as needed
-    from ranked cross join asked
+    from ranked
+    join tokens on ranked.start = tokens.token
+    cross join asked
     group by trace, layer, rank
 ),
 deepest as (
-    select trace, layer, rank, count(*) as tokens
+    select t.trace, t.layer, d.rank, count(*) as tokens
     from (
-        select m.trace, m.layer, max(r.rank) as rank
-        from members as m
-        join shares as s using (trace, request, layer, pos)
-        join ranked as r using (trace, request, layer, start, expert)
-        group by m.trace, m.request, m.layer, m.start, m.pos
-    )
-    group by trace, layer, rank
+        select start, token, max(rank) as rank
+        from members
+        join ranked using (start, expert)
+        group by start, token
+    ) as d
+    join tokens as t on d.start = t.token
+    group by all
 ),
 layers as (
     select trace, layer, max(windows_with) as n_windows, sum(windows_with) as uses, sum(needed) as needed

@@ -44,9 +44,23 @@ def save(folder: Path, name: str, lengths: Sequence[int], num_experts: int, top_
     return path
 
 
+def save_steps(path: Path, requests: Mapping[str, tuple[np.ndarray, Sequence[int]]], **columns: Any) -> Path:
+    """Write a table of verification steps that keep the rows of each request, so many at a time, and reject two."""
+    rows = []
+    for name, (ids, kept) in requests.items():
+        for start, n in zip(np.cumsum([0, *kept[:-1]]).tolist(), kept, strict=True):
+            experts = np.concatenate([ids[start : start + n], ids[:1], ids[-1:]])
+            about = {key: value[name] if isinstance(value, dict) else value for key, value in columns.items()}
+            rows.append({"request_id": name, "start_pos": start, "n_drafted": n + 1, "n_accepted": n - 1, **about})
+            rows[-1] |= {"experts": experts.reshape(-1).tolist()}
+            rows[-1] |= {"router_weights": np.resize([0.25, 0.75], experts.size).tolist()}
+    pl.DataFrame(rows).write_parquet(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
-    """Two traces of different k: one with prompts and labels, one with neither and a hostile name."""
+    """Two traces of different k: one with prompts and labels; one with neither and a hostile name, but with steps."""
     folder = tmp_path_factory.mktemp("queries")
     labelled = save(folder, "labelled", [12, 9, 20, 15, 7, 11, 16], 16, 3, 3)
     sidecar = [{"request_id": str(i), "prompt_len": 4, "dataset": HOSTILE if i % 3 else "maths"} for i in range(7)]
@@ -54,7 +68,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
     more = save(folder, "more", [10], 16, 3, 3)
     sidecar = [{"request_id": "without a label", "prompt_len": 4}]
     tk.ingest(more, folder / "store", name="chat", num_experts=16, requests=sidecar, append=True)
-    tk.ingest(save(folder, "bare", [9, 14, 30], 12, 2, 2), folder / "store", name=HOSTILE, num_experts=12)
+    with np.load(save(folder, "bare", [9, 14, 30], 12, 2, 2)) as bare:
+        ids = np.split(bare["expert_ids"], [9, 23])
+    steps = {"0": (ids[0], [1, 2, 4, 2]), "1": (ids[1], [4, 4, 1, 4, 1]), "2": (ids[2], [3] * 10)}
+    path = save_steps(folder / "bare.parquet", steps)
+    tk.ingest(path, folder / "store", name=HOSTILE, num_experts=12, top_k=2)
     return tk.open(str(folder / "store"))
 
 
@@ -85,14 +103,18 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[duckdb.DuckDBPyC
 def by_hand(requests: Sequence[dict[str, Any]], num_experts: int, top_k: int) -> duckdb.DuckDBPyConnection:
     """Return tables with the names and columns of the views that the raw queries read."""
     con = duckdb.connect()
-    con.execute("CREATE TABLE traces (trace VARCHAR, num_experts INTEGER, top_k INTEGER, default_phase VARCHAR)")
+    con.execute(
+        "CREATE TABLE traces (trace VARCHAR, num_experts INTEGER, top_k INTEGER, default_phase VARCHAR, "
+        "histogram BOOLEAN, router_order BOOLEAN)"
+    )
+    con.execute("CREATE TABLE counts (trace VARCHAR, request UINTEGER, layer USMALLINT, expert USMALLINT, n UBIGINT)")
     con.execute("CREATE TABLE requests (trace VARCHAR, request UINTEGER, n_tokens UINTEGER, n_decode UINTEGER)")
     con.execute(
         "CREATE TABLE activations (trace VARCHAR, request UINTEGER, layer USMALLINT, pos UINTEGER, phase VARCHAR, "
         "rank UTINYINT, expert USMALLINT, weight FLOAT)"
     )
     phases = [p for p in ("decode", "prefill") if any(oracle.rows(r, p) for r in requests)]
-    con.execute("INSERT INTO traces VALUES ('t', ?, ?, ?)", [num_experts, top_k, (phases or ["all"])[0]])
+    con.execute("INSERT INTO traces VALUES ('t', ?, ?, ?, false, true)", [num_experts, top_k, (phases or ["all"])[0]])
     rows = []
     for index, request in enumerate(requests):
         start = request["decode_start"]
@@ -130,7 +152,12 @@ def agree(row: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 def test_the_library_has_the_queries_that_were_promised():
     assert set(NAMES) == {
         *("unique_experts_by_window", "overlap_by_lag", "popularity_by_layer", "imbalance_by_layer"),
-        *("reduction_by_label", "summary"),
+        *("weight_kept_by_budget", "unique_experts_by_step", "chart_acceptance"),
+        *("reuse_distance", "working_set", "adjacent_overlap", "recall_of_previous_token"),
+        *("co_activation", "layer_transitions", "layer_information", "balancedness", "specialisation"),
+        *("reduction_by_label", "batch_mix", "full_activation", "summary", "speculation"),
+        "cache_misses",
+        "prefetch_recall",
         *("chart_windows", "chart_batch", "chart_autocorr", "chart_layer_lag", "chart_attribution"),
     }
 
@@ -142,7 +169,7 @@ def test_a_header_names_the_parameters_that_the_sql_reads_with_their_defaults(na
     assert set(re.findall(r"getvariable\('(\w+)'\)", body)) == {p.name for p in find(name).parameters}
     for parameter in find(name).parameters:
         # A default is a value, or for the length of a window the most that it may be.
-        defaults = set(re.findall(rf"getvariable\('{parameter.name}'\), (?:[\w.]*\"window\" <= )?(\d+)\)", body))
+        defaults = set(re.findall(rf"getvariable\('{parameter.name}'\), (?:[\w.]*\"window\" <= )?([\d.]+)\)", body))
         assert defaults == (set() if parameter.default is None else {str(parameter.default)})
 
 
@@ -175,6 +202,8 @@ def test_a_header_is_read_into_units_and_needs():
     assert q.needs[0].bind({"window": 5}) == {"max_window": 5, "batch_size": (1, 2, 4, 8, 16, 32, 64)}
     assert find("chart_windows").needs[0].bind({"batch_size": 1}) == {"batch_size": (1,)}
     assert find("reduction_by_label").needs[0].arguments["by"] == "label"
+    singles = find("full_activation").needs[0].bind({})
+    assert singles == {"max_window": 1, "batch_size": tuple(range(1, 257)), "distinct": True}
     assert {c.name: c.unit for c in find("unique_experts_by_window").columns}["observed"] == "experts"
 
 
@@ -301,12 +330,45 @@ def test_sql_and_kernels_agree(computed: tk.Store, phase: Any):
         same("imbalance_by_layer", tk.load(computed, **params), ["layer"])
 
 
+@pytest.mark.parametrize("phase", [None, "all"])
+def test_sql_and_kernels_agree_about_steps(computed: tk.Store, phase: Any):
+    params = {"trace": HOSTILE, "phase": phase}
+    sql, kernel = run(computed, "unique_experts_by_step", params), tk.steps(computed, **params, intervals=False)
+    assert sql["window"].to_list() == kernel["window"].to_list() == [3, 4, 5, 6, None]
+    for left, right in zip(sql.rows(named=True), kernel.drop("trace", "phase").rows(named=True), strict=True):
+        agree(left, right)
+
+
+@pytest.mark.parametrize("top_k", [3, None])
+def test_traces_of_counts_are_answered_as_the_tokens_they_count(store: tk.Store, tmp_path: Path, top_k: int | None):
+    tokens = run(store, "popularity_by_layer", {"trace": "chat", "phase": "all"})
+    lines = [f"{row['layer']},{row['expert']},{row['tokens']}" for row in tokens.iter_rows(named=True) if row["tokens"]]
+    (tmp_path / "counts.csv").write_text("\n".join(["layer_id,expert_id,count", *lines]))
+    tk.ingest(tmp_path / "counts.csv", tmp_path / "S", name="chat", num_experts=16, top_k=top_k)
+    counted = tk.open(tmp_path / "S")
+    assert counted.trace().meta.histogram
+    unknown = {"popularity", "relative"} if top_k is None else set()
+    found = run(counted, "popularity_by_layer", {})
+    assert found.drop(unknown).rows() == tokens.drop(unknown).rows()
+    assert all(found[name].is_null().all() for name in unknown)
+    unknown = {"tokens", "top_share", "sum_p2_over_k"} if top_k is None else set()
+    imbalance = run(counted, "imbalance_by_layer", {})
+    expected = run(store, "imbalance_by_layer", {"trace": "chat", "phase": "all"})
+    for other in (expected, tk.load(counted).select(imbalance.columns)):
+        for left, right in zip(imbalance.drop(unknown).rows(), other.drop(unknown).rows(), strict=True):
+            assert left == tuple(pytest.approx(v) if isinstance(v, float) else v for v in right)
+    assert all(imbalance[name].is_null().all() for name in unknown)
+    for name in ("popularity_by_layer", "imbalance_by_layer"):
+        assert run(counted, name, {"phase": "decode"}).is_empty()  # counts know no phase
+        assert run(store, name, {"phase": "all"}).height  # the counts of a routed trace are not added to it
+
+
 def test_chart_queries_return_the_metric_frames_of_one_phase(computed: tk.Store):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracekitWarning)
         frames = {
             "chart_windows": tk.windows(computed, trace="chat"),
-            "chart_batch": tk.windows(computed, trace="chat", batch_size=[1, 2, 4, 8, 16, 32, 64]).filter(window=4),
+            "chart_batch": tk.windows(computed, trace="chat", batch_size=[2**i for i in range(9)]).filter(window=4),
             "chart_autocorr": tk.autocorr(computed, trace="chat"),
             "chart_layer_lag": tk.autocorr(computed, trace="chat", by="layer"),
             "chart_attribution": tk.attribution(computed, trace="chat"),
@@ -411,19 +473,9 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
     first = [[[0, 1], [0, 1]], [[0, 1], [2, 3]], [[0, 2], [0, 1]], [[0, 1], [2, 3]]]
     second = [[[2, 3], [0, 2]], [[2, 3], [1, 3]]]
     folder = tmp_path_factory.mktemp("hand")
-    np.savez(
-        folder / "hand.npz", expert_ids=np.array(first + second, np.uint8), request_lens=np.array([4, 2], np.int32)
-    )
-    sidecar = [{"request_id": "a", "topic": "maths"}, {"request_id": "b", "topic": "prose"}]
-    tk.ingest(
-        folder / "hand.npz",
-        folder / "store",
-        name="hand",
-        num_experts=4,
-        phase="decode",
-        requests=sidecar,
-        label_fields=["topic"],
-    )
+    steps = {"a": (np.array(first, np.uint8), [2, 2]), "b": (np.array(second, np.uint8), [1, 1])}
+    path = save_steps(folder / "hand.parquet", steps, topic={"a": "maths", "b": "prose"}, prompt_len=0)
+    tk.ingest(path, folder / "store", name="hand", num_experts=4, top_k=2, label_fields=["topic"])
     return tk.open(str(folder / "store"))
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from tracekit.analysis import gains
 from tracekit.analysis.ensure import StoreLike, as_store, ensure
 from tracekit.economics.acceptance import Acceptance
-from tracekit.economics.benchmarks import Benchmark, Cell, read_benchmark
-from tracekit.economics.calibrate import HOLDABLE, Points, resolved
-from tracekit.economics.calibration import Calibration, calibrated
+from tracekit.economics.acceptance import acceptance_rate as acceptance_rate_of
+from tracekit.economics.calibration.benchmarks import Benchmark, Cell, read_benchmark
+from tracekit.economics.calibration.fits import HOLDABLE, Points, resolved
+from tracekit.economics.calibration.result import Calibration, calibrated
 from tracekit.economics.cost import CONTEXT, CostModel
 from tracekit.economics.speedup import Unions
 from tracekit.errors import UnsupportedError, UsageError
@@ -22,7 +23,7 @@ from tracekit.store import Store, TraceInfo
 
 if TYPE_CHECKING:
     from tracekit.analysis.gains import CostOptions
-    from tracekit.economics.benchmark_rows import Measured
+    from tracekit.economics.calibration.rows import Measured
 
 
 def calibrate(
@@ -54,7 +55,8 @@ def calibrate(
     measured
         Measurements by batch size and draft length: a file, a frame, a mapping, or several of them. Files are CSV, TSV,
         JSON, JSON lines or Parquet with a row a measurement, or what ``vllm bench`` and SGLang's benchmarks write; see
-        :func:`tracekit.economics.benchmarks.read_benchmark`. ``FILE:key=value,…`` says what a file does not say itself.
+        :func:`tracekit.economics.calibration.benchmarks.read_benchmark`. ``FILE:key=value,…`` says what a file does not
+        say itself.
     acceptance_rate, acceptance_length, at_drafts
         As in :func:`tracekit.speedup`, for rows that tell the time of a token under speculation and no acceptance
         length: a step takes that many times the token. Default: as the trace's own steps accepted.
@@ -78,7 +80,9 @@ def calibrate(
     Calibration
         ``parameters`` (``parameter``, ``estimate``, ``lo``, ``hi``, ``unit``) and ``points`` are frames, ``notes`` says
         what the points do not tell and where the model does not hold. ``hardware`` is the machine with the fitted
-        figures, and ``draft_cost`` the cost of a draft, for :func:`tracekit.speedup`.
+        figures, ``draft_cost`` the cost of a draft and ``acceptance_rate`` the mean of what the measured acceptance
+        lengths imply, for :func:`tracekit.speedup`. Intervals are of the measurements' scatter about the model; the
+        trace's unions are taken as exact.
 
     Raises
     ------
@@ -116,7 +120,9 @@ def calibrate(
     known = resolved(benchmark.cells, None if accepted is None else accepted.length)
     points, notes = _points(store, info, phase, replace(benchmark, cells=known))
     costs = _costs(info, points.cells, cost) if machine else None
-    return calibrated(points, costs, hold=held, draft_cost=draft_cost, notes=notes)
+    said = [(c.acceptance_length, c.drafts) for c in benchmark.cells if c.acceptance_length is not None]
+    rate = float(np.mean([acceptance_rate_of(*pair) for pair in said])) if said else None
+    return calibrated(points, costs, hold=held, draft_cost=draft_cost, acceptance_rate=rate, notes=notes)
 
 
 def _points(store: Store, info: TraceInfo, phase: Phase | None, benchmark: Benchmark) -> tuple[Points, list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracekit.analysis.passes import PASSES
+from tracekit.analysis.passes import PASSES, with_steps
 from tracekit.analysis.wants import WANT, Wanted
 from tracekit.errors import TracekitWarning, UnsupportedError
 from tracekit.metrics.state import Spec, caveats, resolve_phase
@@ -76,7 +76,8 @@ def ensure(
             runs = Runs.read(store, info, requests, resolve_phase(requests, phase))
             common = {"by": None, "intervals": intervals, "seed": seed}
             asked = [WANT[kind](runs, **common | a) for kind, a in wanted]
-            notes = [note for w in asked if w.kind != "load" for note in caveats(requests, w.spec)]
+            of = {"steps": with_steps(store, info, requests)} if any(w.reads == "steps" for w in asked) else {}
+            notes = [n for w in asked if w.kind != "load" for n in caveats(of.get(w.reads, requests), w.spec)]
             for note in dict.fromkeys(notes + runs.notes):
                 _warn(f"{name}: {note}" if several else note)
             frames = _obtain(store, info, requests, asked)
@@ -109,7 +110,7 @@ def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[W
     passes: dict[tuple[str, Spec], list[int]] = {}
     for i, frame in enumerate(frames):
         if frame is None:
-            alike = replace(asked[i].spec, max_window=1, max_lag=0, batches=False)
+            alike = replace(asked[i].spec, max_window=1, max_lag=0, batches=False, distinct_batch=0)
             passes.setdefault((asked[i].reads, alike), []).append(i)
     for (name, spec), members in passes.items():
         specs = [asked[i].spec for i in members]
@@ -118,6 +119,7 @@ def _obtain(store: Store, info: TraceInfo, requests: pl.DataFrame, asked: list[W
             max_window=max(s.max_window for s in specs),
             max_lag=max(s.max_lag for s in specs),
             batches=any(s.batches for s in specs),
+            distinct_batch=max(s.distinct_batch for s in specs),
         )
         measured = PASSES[name](store, info, requests, shared)
         for i in members:

@@ -38,8 +38,9 @@ def expert_sizes(
         return (round(expert_bytes),) * len(layers)
     if model is None:
         told = info.meta.extra.get("expert_bytes")
-        sizes = [told.get(str(layer)) for layer in layers] if isinstance(told, dict) else []
-        if sizes and all(isinstance(size, int) and size > 0 for size in sizes):
+        given = told if isinstance(told, dict) else {}
+        sizes = [size for layer in layers if isinstance(size := given.get(str(layer)), int) and size > 0]
+        if len(sizes) == len(layers):
             return tuple(sizes)
         if info.meta.model is None or find(info.meta.model) is None:
             return ()

@@ -261,8 +261,8 @@ def layer_budgets(
     -------
     polars.DataFrame
         One row per trace, phase, capacity and layer, and one with a null ``layer`` for all of them. ``total`` is the
-        budget (experts, or bytes), ``experts`` what the layer gets (for all layers: the mean). ``hit_rate`` of the split
-        is judged on requests that it was not learned from: for each jackknife group, a split learned from all others;
+        budget (experts, or bytes), ``experts`` what the layer gets (for all: the mean). ``hit_rate`` of the split is
+        judged on requests that it was not learned from: for each jackknife group, a split learned from all others;
         ``uniform`` is that of the same budget in equal parts, ``gain`` the difference. ``hit_rate_learned`` is that of
         the split shown on the requests that it was learned from, and ``hit_rate_bound`` what no split hits more of them
         than: the split is the best one where the two are equal.

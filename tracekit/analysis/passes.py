@@ -34,4 +34,68 @@ def routing(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -
     return Measurement(info.meta, requests, spec, store.blocks(info), threads())
 
 
-PASSES: dict[str, Pass] = {"routing": routing}
+def weights(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
+    """Read the routing rows with their router weights: ``Budgets``."""
+    from tracekit.metrics.budget import Budgets, BudgetSpec
+
+    assert isinstance(spec, BudgetSpec)
+    if spec.steps:
+        there = with_steps(store, info, requests)
+        return Budgets(info.meta, there, spec, store.steps(info, weights=True), threads())
+    return Budgets(info.meta, requests, spec, store.blocks(info, weights=True), threads())
+
+
+def with_steps(store: Store, info: TraceInfo, requests: pl.DataFrame) -> pl.DataFrame:
+    """Return a trace's requests, those without verification steps as if they had no tokens."""
+    import polars as pl
+
+    none = ~pl.Series(store.has_steps(info))
+    return requests.with_columns(pl.when(none).then(0).otherwise(pl.col("n_tokens", "n_decode")).name.keep())
+
+
+def steps(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
+    """Read the verification steps, and the routing of the requests that have some: ``Verification``."""
+    from tracekit.metrics.verification import Verification
+
+    there = with_steps(store, info, requests)
+    return Verification(info.meta, there, spec, store.steps(info), partial(store.blocks, info), threads())
+
+
+def caches(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
+    """Replay expert caches over the routing rows: ``Caches``."""
+    from tracekit.metrics.cache_spec import CacheSpec
+    from tracekit.metrics.caches import Caches
+
+    assert isinstance(spec, CacheSpec)
+    return Caches(info.meta, requests, spec, store.blocks(info), threads())
+
+
+def prefetch(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
+    """Read the routing, once to learn and once to judge, and what predictors recorded: ``Prefetch``."""
+    from tracekit.metrics.prefetch import BY_TOKEN, Prefetch, PrefetchSpec
+    from tracekit.store.predicted import prediction_rows
+    from tracekit.store.rows import token_rows
+
+    assert isinstance(spec, PrefetchSpec)
+    tokens = token_rows(store, info) if any(name in BY_TOKEN for name, _ in spec.predictors) else None
+    rows = prediction_rows(store, info, [(name, distance) for name, distance, _ in spec.recorded])
+    blocks = partial(store.blocks, info, weights=spec.weights)
+    return Prefetch(info.meta, requests, spec, blocks, threads(), tokens, rows)
+
+
+def locality(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
+    """Read the routing rows for what stretches of tokens have in common: ``Locality``."""
+    from tracekit.metrics.locality import Locality, LocalitySpec
+
+    assert isinstance(spec, LocalitySpec)
+    return Locality(info.meta, requests, spec, store.blocks(info), threads())
+
+
+PASSES: dict[str, Pass] = {
+    "caches": caches,
+    "locality": locality,
+    "routing": routing,
+    "weights": weights,
+    "steps": steps,
+    "prefetch": prefetch,
+}

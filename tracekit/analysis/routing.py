@@ -28,6 +28,7 @@ def measure(
     max_lag: int = MAX_LAG,
     overlapping: bool = True,
     batches: bool = False,
+    distinct_batch: int = 0,
     by: By | None = None,
     intervals: bool = True,
     seed: int = 0,
@@ -48,6 +49,8 @@ def measure(
         Sliding windows, or starts 0, T, 2T, … with the tail dropped.
     batches
         Whether batch sizes above 1 will be asked of the result.
+    distinct_batch
+        Largest batch of distinct requests that will be asked of it, for its ``windows(…, distinct=True)``; 0: none.
     by
         ``layer``, ``label`` or ``request``: what a row of the results stands for; None: the trace.
     intervals
@@ -75,6 +78,7 @@ def measure(
         max_lag=max_lag,
         overlapping=overlapping,
         batches=batches,
+        distinct_batch=distinct_batch,
         by=by,
         intervals=intervals,
         seed=seed,
@@ -92,11 +96,15 @@ def windows(
     max_window: int | None = None,
     batch_size: int | Iterable[int] = 1,
     overlapping: bool = True,
+    distinct: bool = False,
     by: By | None = None,
     intervals: bool = True,
     seed: int = 0,
 ) -> pl.DataFrame:
     """Return unique experts per speculative-decoding verification window against named independence baselines.
+
+    The windows are accepted-only: consecutive committed tokens, whether or not the trace has rejected drafts. What real
+    verification steps load is in :func:`tracekit.steps`, for traces that have them.
 
     Parameters
     ----------
@@ -112,6 +120,9 @@ def windows(
         Batch sizes B: the union over B windows drawn independently; null with fewer than B requests.
     overlapping
         Sliding windows (every start), or starts 0, T, 2T, … with the tail dropped.
+    distinct
+        Draw B distinct requests instead, each equally likely, and a random window of each. There are no intervals
+        then, and ``label`` and ``request`` are null: their requests weigh by their windows. Not with ``by="request"``.
     by
         ``layer``, ``label`` or ``request``.
     intervals
@@ -135,9 +146,10 @@ def windows(
     UsageError
         An argument is out of range.
     """
-    arguments = {"max_window": max_window, "batch_size": batch_size, "overlapping": overlapping, "by": by}
+    drawn = {"overlapping": overlapping, "distinct": distinct}
+    arguments = {"max_window": max_window, "batch_size": batch_size, **drawn, "by": by}
     [frame] = ensure(store, [("windows", arguments)], trace=trace, phase=phase, intervals=intervals, seed=seed)
-    return shown(frame, by).drop("overlapping")
+    return shown(frame, by).drop(*drawn)
 
 
 def autocorr(

@@ -48,6 +48,11 @@ class Measurement:
 
         With ``distinct``, of the windows of distinct requests, each equally likely: without intervals, and without the
         baselines whose requests weigh by their windows.
+
+        Raises
+        ------
+        UsageError
+            A batch size is not possible, or the pass did not measure such batches.
         """
         return self._batched("windows", batch_sizes, self._window_columns, distinct)
 
@@ -67,6 +72,12 @@ class Measurement:
     ) -> pl.DataFrame:
         """Return a frame with a row per group, batch size and window length, its columns made from the rungs."""
         batch_sizes = _batch_sizes(batch_sizes)
+        if distinct and max(batch_sizes) > self.spec.distinct_batch:
+            raise UsageError(
+                f"batches of {max(batch_sizes)} distinct requests",
+                expected=f"at most {self.spec.distinct_batch}, which were measured",
+                remedy=f"Measure with distinct_batch={max(batch_sizes)}",
+            )
         rows: list[dict[str, Any]] = []
         for r, groups in output_groups(self.meta, self.spec, self.cells, self.state):
             drawable = self.drawable(r.group, self.spec.max_window)

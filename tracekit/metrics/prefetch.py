@@ -99,8 +99,15 @@ class PrefetchState:
                 expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
                 remedy="Ask for fewer predictors or experts, or use --no-intervals",
             )
-        counts = [(), (), (most + 1,), (most,), (most,), (meta.top_k,)]
-        return cls(*(np.zeros(shape + last, np.int64) for last in counts), np.zeros((*shape, most)))
+        return cls(
+            n=np.zeros(shape, np.int64),
+            weighed=np.zeros(shape, np.int64),
+            sizes=np.zeros((*shape, most + 1), np.int64),
+            found=np.zeros((*shape, most), np.int64),
+            deepest=np.zeros((*shape, most), np.int64),
+            aligned=np.zeros((*shape, meta.top_k), np.int64),
+            mass=np.zeros((*shape, most)),
+        )
 
     def merge(self, other: PrefetchState) -> None:
         """Add another state of the same shape to this one."""

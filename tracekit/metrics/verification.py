@@ -294,7 +294,7 @@ class Verification:
                 columns: dict[str, NDArray[Any]] = {
                     "n_steps": n[0].astype(np.int64),
                     **interval_columns("share", jackknife(_ratio(n, at_least[:, :1])).where(enough)),
-                    "at_least": _ratio(at_least, at_least[:, :1])[0],
+                    **interval_columns("at_least", jackknife(_ratio(at_least, at_least[:, :1])).where(enough)),
                     **interval_columns("rate", jackknife(rate).where(enough)),
                     **interval_columns("unique", jackknife(every).where(enough)),
                     **interval_columns("rejected_unique", jackknife(own).where(enough)),

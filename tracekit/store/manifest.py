@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tracekit import markup
 from tracekit.checks import Finding
 from tracekit.errors import StoreError
 from tracekit.schema import SCHEMA_VERSION, Phase, TraceMeta
@@ -36,7 +37,7 @@ from tracekit.schema import SCHEMA_VERSION, Phase, TraceMeta
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 RESULTS = "results"
-VERSION = 2
+VERSION = 3
 """Version of the results, part of their names: raise it when a metric's numbers or columns change."""
 TEMPORARY = ".writing-"
 """Prefix of files that are being written."""
@@ -113,6 +114,36 @@ class TraceInfo:
         meta = self.meta
         parts = [meta.num_experts, meta.top_k, meta.layers, meta.router_order, *(s.content for s in self.segments)]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def _repr_html_(self) -> str:
+        meta, layers = self.meta, self.meta.layers
+        order = {True: "kept", False: "lost", None: None}[meta.router_order]
+        kept = {
+            "router weights": all(s.has_weights for s in self.segments),
+            "token ids": all(s.has_token_ids for s in self.segments),
+            "verification steps": any(s.has_steps for s in self.segments),
+            "predictions": any(s.has_predictions for s in self.segments),
+            "counts only": meta.histogram,
+        }
+        rows: list[tuple[str, str | int | None]] = [
+            ("model", meta.model),
+            ("engine", " ".join(filter(None, (meta.engine, meta.engine_version))) or None),
+            ("format", meta.source_format),
+            ("experts per layer, N", meta.num_experts),
+            ("experts per token, k", meta.top_k or None),
+            ("the model's own k", meta.native_top_k),
+            ("MoE layers", f"{len(layers)}: {layers[0]} to {layers[-1]}" if layers else "0"),
+            ("expert ids", meta.id_space),
+            ("router order", order),
+            ("requests", self.requests),
+            ("tokens", self.tokens),
+            ("decode tokens", sum(s.decode_tokens for s in self.segments)),
+            ("prefill tokens", sum(s.prefill_tokens for s in self.segments)),
+            ("beside the routing", ", ".join(name for name, there in kept.items() if there) or "nothing"),
+            ("ingested", self.created),
+        ]
+        notes = [*self.notes, *(f"{f.severity}: {f.finding} ({f.where})" for f in self.findings)]
+        return markup.table(("", ""), rows, title=f"trace {self.name}", notes=notes)
 
 
 def part_name(index: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit import markup
 from tracekit.errors import StoreError, UnsupportedError
 from tracekit.schema import id_dtype
 from tracekit.store import views
@@ -57,6 +58,29 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
+
+    def _repr_html_(self) -> str | None:
+        try:
+            traces = self.traces()
+        except StoreError:  # it is gone or being written to: the text will do
+            return None
+        names = ("trace", "model", "engine", "N", "k", "MoE layers", "requests", "tokens", "decode tokens", "findings")
+        rows = [
+            (
+                trace.name,
+                trace.meta.model,
+                trace.meta.engine,
+                trace.meta.num_experts,
+                trace.meta.top_k or None,
+                len(trace.meta.layers),
+                trace.requests,
+                trace.tokens,
+                sum(segment.decode_tokens for segment in trace.segments),
+                len(trace.findings),
+            )
+            for trace in traces
+        ]
+        return markup.table(names, rows, title=f"tracekit store {self.path}")
 
     def traces(self) -> list[TraceInfo]:
         """Return the traces that the store holds now."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _GROUP = {"layer": "UInt16", "label": "String", "request_id": "String"}
 _INTERVAL = ("", "_lo", "_hi")
+_CACHE = {"scope": "String", "start": "String", "batch_size": "Int64"}
 
 
 def columns(kind: str) -> dict[str, str]:
@@ -32,6 +33,7 @@ def columns(kind: str) -> dict[str, str]:
     measured: dict[str, dict[str, str]] = {
         "windows": {
             "overlapping": "Boolean",
+            "distinct": "Boolean",
             "batch_size": "Int64",
             "window": "Int64",
             "n_windows": "Int64",
@@ -39,6 +41,14 @@ def columns(kind: str) -> dict[str, str]:
             "per_top_k": number,
             **{f"expected_{b}": number for b in BASELINES},
             **{f"reduction_{b}{s}": number for b in BASELINES for s in (*_INTERVAL, "_bias")},
+        },
+        "expert_ratio": {
+            "batch_size": "Int64",
+            "window": "Int64",
+            "n_windows": "Int64",
+            **{f"unique{s}": number for s in (*_INTERVAL, "_single")},
+            **{f"ratio{s}": number for s in _INTERVAL},
+            **{f"ratio_{b}": number for b in ("uniform", "popularity", "request")},
         },
         "autocorr": {
             "lag": "Int64",
@@ -59,17 +69,105 @@ def columns(kind: str) -> dict[str, str]:
             "dead_experts": "Int64",
             **dict.fromkeys(("top_share", "sum_p2_over_k"), number),
         },
+        "budget": {
+            "steps": "Boolean",
+            "window": "Int64",
+            "budget": "Int64",
+            "share": number,
+            **dict.fromkeys(("n_windows", "n_left_out"), "Int64"),
+            **{f"unique{s}": number for s in _INTERVAL},
+            **dict.fromkeys(("loaded", "per_top_k"), number),
+            **{f"{name}{s}": number for name in ("weight_kept", "tokens_intact") for s in _INTERVAL},
+            **{f"experts_for_share{s}": number for s in _INTERVAL},
+        },
+        "steps": {
+            "window": "Int64",
+            "n_steps": "Int64",
+            **dict.fromkeys(("drafted", "accepted"), number),
+            **{f"{c}{s}": number for c in ("acceptance_length", "unique", "unique_kept") for s in _INTERVAL},
+            **{f"rejected_share{s}": number for s in _INTERVAL},
+            **dict.fromkeys(("expected_uniform", "expected_popularity", "accepted_only"), number),
+            **{f"bias{s}": number for s in _INTERVAL},
+        },
+        "acceptance": {
+            "accepted": "Int64",
+            "n_steps": "Int64",
+            **{
+                f"{c}{s}": number for c in ("share", "at_least", "rate", "unique", "rejected_unique") for s in _INTERVAL
+            },
+        },
+        "cache": {
+            **_CACHE,
+            "unit": "String",
+            "policy": "String",
+            "capacity": number,
+            **dict.fromkeys(("capacity_bytes", "accesses", "tokens"), "Int64"),
+            **{f"hit_rate{s}": number for s in _INTERVAL},
+            **dict.fromkeys(("cold", "working_set", "policy_excess", "misses_per_token", "bytes_per_token"), number),
+        },
+        "locality": {
+            **dict.fromkeys(("segment", "n_segments"), "Int64"),
+            **{f"{c}{s}": number for c in ("srp", "size_ratio") for s in _INTERVAL},
+            "capacity": "Int64",
+            "cache_ratio": number,
+            **{f"{c}{s}": number for c in ("sch", "fixed_hit_rate") for s in _INTERVAL},
+        },
+        "layer_budgets": {
+            "start": "String",
+            "batch_size": "Int64",
+            "unit": "String",
+            **dict.fromkeys(("capacity", "total", "experts"), number),
+            "accesses": "Int64",
+            **{f"{c}{s}": number for c in ("hit_rate", "uniform", "gain") for s in _INTERVAL},
+            "hit_rate_learned": number,
+            "hit_rate_bound": number,
+        },
+        "reuse": {
+            **_CACHE,
+            **dict.fromkeys(("capacity", "accesses"), "Int64"),
+            "share": number,
+            **{f"hit_rate{s}": number for s in _INTERVAL},
+        },
+        "prefetch": {
+            "predictor": "String",
+            **dict.fromkeys(("distance", "m", "n"), "Int64"),
+            **{f"{c}{s}": number for c in ("recall", "precision", "exact", "weight_covered") for s in _INTERVAL},
+            **dict.fromkeys(("rank_match", "bytes_fetched", "bytes_wasted"), number),
+        },
     }
     return common | measured[kind]
 
 
-KINDS = ("windows", "autocorr", "attribution", "load")
+KINDS = (
+    "windows",
+    "expert_ratio",
+    "autocorr",
+    "attribution",
+    "load",
+    "budget",
+    "steps",
+    "acceptance",
+    "cache",
+    "reuse",
+    "locality",
+    "layer_budgets",
+    "prefetch",
+)
 
 KEYS: dict[str, tuple[str, ...]] = {
-    "windows": ("overlapping", "batch_size", "window"),
+    "windows": ("overlapping", "distinct", "batch_size", "window"),
+    "expert_ratio": ("batch_size", "window"),
     "autocorr": ("lag",),
     "attribution": ("window",),
     "load": (),
+    "budget": ("steps", "window", "budget", "share"),
+    "steps": ("window",),
+    "acceptance": ("accepted",),
+    "cache": ("scope", "start", "batch_size", "unit", "policy", "capacity"),
+    "reuse": ("scope", "start", "batch_size", "capacity"),
+    "locality": ("segment", "capacity"),
+    "layer_budgets": ("start", "batch_size", "unit", "capacity"),
+    "prefetch": ("predictor", "distance", "m"),
 }
 """Columns that, with trace, phase, by and the group, name what was measured once: rows that belong together."""
 

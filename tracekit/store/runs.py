@@ -22,6 +22,7 @@ _LISTED = 4
 class Runs:
     """Consecutive tokens of a trace's requests in one phase, and what to tell about lengths that they do not have."""
 
+    store: Store
     trace: TraceInfo
     phase: Phase
     requests: pl.DataFrame
@@ -53,7 +54,7 @@ class Runs:
                 raise unreadable(path, error) from None
         joined = pl.concat(frames).join(requests, on="request")
         longest = joined.group_by("request").agg(pieces[phase].max().alias("longest")).filter(pl.col("longest") > 0)
-        return cls(trace, phase, requests.join(longest, on="request"))
+        return cls(store, trace, phase, requests.join(longest, on="request"))
 
     def fit(self, asked: int | None, default: int, name: str, *, least: int = 1, reach: int = 0) -> int:
         """Return the length to measure: the one asked for, or the default as far as the trace has it.
