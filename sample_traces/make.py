@@ -14,6 +14,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,6 +153,55 @@ def sglang(captures: Path, out: Path) -> None:
     copy_config(captures, out)
 
 
+def own_sources(manifest: list[Any], kind: str, each: int) -> list[Any]:
+    """Return the first requests of some domains whose text is from CPython, boto3 or PostgreSQL's manual."""
+    chosen = []
+    for domain, ours in (("python", r".*\.py@"), ("json", r"[\w-]+/\d{4}-\d\d-\d\d/"), ("techdoc", r"[\w-]+\.html@")):
+        entries = [e for e in manifest if (e["kind"], e["domain"]) == (kind, domain) and re.match(ours, e["source"])]
+        chosen += entries[:each]
+    return chosen
+
+
+def steps(captures: Path, out: Path) -> None:
+    """Write verification steps of speculative decoding, rejected drafts included, a row a step."""
+    import polars as pl
+
+    out.mkdir(parents=True, exist_ok=True)
+    folder = captures / "traces" / "olmoe"
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    names = [entry["id"] for entry in own_sources(manifest, "spec_sampled", 7)]
+    every = pl.read_parquet(folder / "verify_steps.parquet").with_columns(
+        pl.col("request_id", "domain").cast(pl.String)
+    )
+    kept = pl.concat([every.filter(request_id=name) for name in names])
+    kept = kept.select("request_id", "domain", "prompt_len", "start_pos", "n_drafted", "n_accepted", "experts")
+    experts = pl.Series([bytes(row) for row in kept["experts"].to_numpy()], dtype=pl.Binary)
+    kept.with_columns(experts.alias("experts")).write_parquet(out / "steps.parquet", compression_level=19)
+    copy_config(captures, out)
+
+
+def predicted(captures: Path, out: Path) -> None:
+    """Write sampled requests with the experts that the next routers predicted one and two MoE layers ahead."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = captures / "traces" / "olmoe"
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    entries = own_sources(manifest, "sampled", 5)
+    files = [np.load(folder / "npz" / f"{entry['id']}.npz", allow_pickle=False) for entry in entries]
+    joined = {
+        name: np.concatenate([file[stored] for file in files])
+        for name, stored in (
+            ("expert_ids", "routed_experts"),
+            ("predicted1", "predicted1"),
+            ("predicted2", "predicted2"),
+        )
+    }
+    lens = np.array([len(file["routed_experts"]) for file in files], dtype=np.int64)
+    save_npz(out / "trace.npz", {**joined, "request_lens": lens})
+    rows = [{"request_id": e["id"], "prompt_len": e["prompt_len"], "domain": e["domain"]} for e in entries]
+    write_json_array(out / "requests.json", rows)
+    copy_config(captures, out)
+
+
 def copy_config(captures: Path, out: Path) -> None:
     (out / "config.json").write_bytes((captures / "models" / "olmoe" / "config.json").read_bytes())
 
@@ -164,10 +214,12 @@ def main() -> None:
     hand(options.out / "hand")
     synthetic(options.out / "synthetic")
     if options.captures is None:
-        print("olmoe-vllm and olmoe-sglang were left as they are: --captures names the folder they come from")
+        print("the olmoe- folders were left as they are: --captures names the folder they come from")
         return
     vllm(options.captures, options.out / "olmoe-vllm")
     sglang(options.captures, options.out / "olmoe-sglang")
+    steps(options.captures, options.out / "olmoe-steps")
+    predicted(options.captures, options.out / "olmoe-predicted")
 
 
 if __name__ == "__main__":
