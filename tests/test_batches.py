@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from test_analysis import heard, save
 from test_metrics import Requests, close, frame_of, groups, has_rows, measured, traces
 
 import tracekit as tk
+from tracekit.cli import main
 from tracekit.errors import TracekitWarning, UnsupportedError, UsageError
 from tracekit.metrics.batches import DistinctBatches, full_activation, independent_union
 from tracekit.metrics.state import Cells, Spec
+from tracekit.reports.text import display_width
 from tracekit.schema import TraceMeta
 
 # The full-activation threshold
@@ -195,6 +198,15 @@ def test_distinct_requests_have_no_interval_and_it_is_said(store: Path) -> None:
         warnings.simplefilter("always", TracekitWarning)
         tk.windows(store, distinct=True, max_window=1, intervals=False)
     assert not caught
+
+
+def test_one_pass_measures_batches_of_distinct_requests(store: Path) -> None:
+    found = heard(lambda: tk.measure(store, max_window=3, max_lag=0, distinct_batch=8))[0]
+    asked = heard(lambda: tk.windows(store, distinct=True, max_window=3, batch_size=[2, 8]))[0]
+    observed = found.windows([2, 8], distinct=True)["observed"].to_list()
+    assert observed == pytest.approx(asked["observed"].to_list())
+    with pytest.raises(UsageError, match="batches of 9 distinct requests; expected at most 8"):
+        found.windows([9], distinct=True)
 
 
 def test_a_batch_of_distinct_requests_within_a_request_is_refused(store: Path) -> None:
@@ -400,3 +412,17 @@ def test_the_worked_batches_of_gpt_oss(shared: Path, tmp_path: Path) -> None:
 
     assert thresholds["uniform"].to_list() == [6, 18, 23, 35]
     assert thresholds["observed"].to_list() == [7, 52, None, None]
+
+
+@pytest.mark.parametrize("by", [[], ["--by", "layer"], ["--by", "label"]])
+def test_the_verb_shows_the_expert_ratio(store: Path, by: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["expert-ratio", str(store), "--batch-size", "1,2", "--max-window", "4", *by, "-q"]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(display_width(line) <= 80 for line in lines)
+    frame = heard(lambda: tk.expert_ratio(store, batch_size=[1, 2], max_window=4, by=by[1] if by else None))[0]  # type: ignore[arg-type]
+    shown = frame.filter(pl.col("window") == 4 if by else pl.col("window") > 1)
+    body = [line for line in lines if "[" in line]
+    assert len(body) == shown["ratio_lo"].count()
+    assert main([*asked, "--format", "json"]) == 0
+    assert [row["ratio"] for row in json.loads(capsys.readouterr().out)] == frame["ratio"].to_list()

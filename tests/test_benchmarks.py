@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracekit.economics.benchmark_names import NAMES, UNITS, fault_of, quantity_of
-from tracekit.economics.benchmark_rows import normal
-from tracekit.economics.benchmarks import read_benchmark
+from tracekit.economics.calibration.benchmarks import read_benchmark
+from tracekit.economics.calibration.names import NAMES, UNITS, fault_of, quantity_of
+from tracekit.economics.calibration.rows import normal
 from tracekit.errors import SourceError, TracekitError, UsageError
 
 HEADER = "batch_size,drafts,tpot_ms,acceptance_length\n"
@@ -246,9 +246,9 @@ def test_nothing_at_all(tmp_path):
 
 
 def test_too_many_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("tracekit.economics.benchmark_rows.MAX_ROWS", 3)
+    monkeypatch.setattr("tracekit.economics.calibration.rows.MAX_ROWS", 3)
     refuse(write(tmp_path / "b.csv", TABLE), "more than 3 rows")
-    monkeypatch.setattr("tracekit.economics.benchmark_rows.MAX_BYTES", 10)
+    monkeypatch.setattr("tracekit.economics.calibration.rows.MAX_BYTES", 10)
     refuse(tmp_path / "b.csv", "bytes")
 
 

@@ -12,12 +12,13 @@ import pytest
 import tracekit as tk
 from tracekit.cli import main
 from tracekit.economics import amdahl
-from tracekit.economics.benchmarks import Cell
-from tracekit.economics.calibrate import Points, resolved
-from tracekit.economics.calibration import calibrated
+from tracekit.economics.acceptance import acceptance_length, acceptance_rate
+from tracekit.economics.calibration.benchmarks import Cell
+from tracekit.economics.calibration.fits import Points, resolved
+from tracekit.economics.calibration.least_squares import fit, trend
+from tracekit.economics.calibration.result import calibrated
 from tracekit.economics.cost import CostModel, uniform_unique
-from tracekit.economics.fitting import fit, trend
-from tracekit.economics.hardware import hardware
+from tracekit.economics.hardware import BANDWIDTH, FLOPS, hardware
 from tracekit.errors import SourceError, StoreError, UnsupportedError, UsageError
 from tracekit.reports.text import display_width
 
@@ -100,6 +101,19 @@ def test_intervals_of_the_machine_hold_the_truth():
         for name, true in names.items():
             hits[name] += within(found, name, true)
     assert all(hit >= 8 for hit in hits.values()), hits
+
+
+@pytest.mark.parametrize(("bandwidth", "flops"), [(BANDWIDTH[0], FLOPS[0]), (BANDWIDTH[1], FLOPS[1])])
+def test_no_machine_comes_out_that_cannot_be(bandwidth, flops):
+    """The search stays within what `Hardware` takes, from a machine at its limits on and with points far from it."""
+    found, _ = of_roofline(batch_sizes=(1, 4, 16, 64))
+    costs = [CostModel(MODEL, replace(NOMINAL, bandwidth=bandwidth, flops=flops))] * len(found.cells)
+    result = calibrated(found, costs)
+    assert result.hardware is not None
+    if result.value("bandwidth") is not None:
+        assert BANDWIDTH[0] <= result.hardware.bandwidth <= BANDWIDTH[1]
+    slow = replace(found, cells=tuple(replace(cell, value=100 * cell.value) for cell in found.cells))
+    assert calibrated(slow, costs).hardware is not None
 
 
 def test_where_no_point_is_bound_by_compute_the_flops_are_held():
@@ -427,6 +441,23 @@ def test_the_command(store, measured, tmp_path, capsys):
     assert main([*base, "--measured", str(tmp_path / "none.csv")]) == 1
     assert "cannot be read" in capsys.readouterr().err
     assert main(base[:2]) == 2
+
+
+def test_speedups_take_the_acceptance_that_was_measured(store, measured, tmp_path, capsys):
+    lengths = measured.filter(pl.col("drafts") > 0).select("acceptance_length", "drafts").rows()
+    rate = tk.calibrate(store, measured).acceptance_rate
+    assert rate == pytest.approx(np.mean([acceptance_rate(*pair) for pair in lengths]))
+    steps = pl.DataFrame({"batch_size": [1, 1], "drafts": [0, 3], "step_ms": [5, 7]})
+    assert tk.calibrate(store, steps).acceptance_rate is None
+    measured.write_csv(tmp_path / "b.csv")
+    asked = ["--model", "OLMoE-1B-7B", "--hardware", "a100", "--drafts", "3", "--batch-size", "1", "--format", "json"]
+    base = ["speedup", str(store), "--measured", str(tmp_path / "b.csv"), *asked]
+    assert main(base) == 0
+    shown = capsys.readouterr()
+    assert f"measured acceptance lengths, {rate:.3f}" in shown.err
+    assert json.loads(shown.out)[0]["acceptance_length"] == pytest.approx(float(acceptance_length(rate, 3)))
+    assert main([*base, "--acceptance-rate", ".5", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["acceptance_length"] == pytest.approx(1.875)
 
 
 def test_an_unknown_parameter_is_shown_as_such(store, capsys, tmp_path):

@@ -113,14 +113,80 @@ def popularity_frame(layers: int, experts: int, trace: str = "chat") -> pl.DataF
     )
 
 
+def mix_frame(trace: str = "chat", labels: int = 3) -> pl.DataFrame:
+    names = [f"a label with a long name {i}" for i in range(labels)]
+    rows = []
+    for size in (1, 2, 4):
+        for i, name in enumerate([*names, None]):
+            covered = (i + 1) / sum(range(labels + 1)) if name else 1.0 if size < 4 else 0.5
+            common = {"trace": trace, "phase": "decode", "window": 4, "batch_size": size, "label": name}
+            rows.append(common | {"unique": 9.0, "mixed": 10.0, "extra": i / 10, "covered": covered})
+    return pl.DataFrame(rows)
+
+
+def acceptance_frame(trace: str = "chat") -> pl.DataFrame:
+    each = {"accepted": [0, 1, 2, 3], "n_steps": 10, "share": 0.25, "share_lo": 0.2, "share_hi": 0.3}
+    each |= {"unique": 12.0, "rejected_unique": [6.0, 4.0, 2.0, 0.0]}
+    every = {"drafted": 3.0, "acceptance_length": 2.5, "mean_unique": 12.0}
+    return pl.DataFrame(
+        {"trace": trace, "phase": "decode", **each, **every, "accepted_only": 11.0, "expected_uniform": 13.2}
+    )
+
+
+def speedup_frame(trace: str = "chat") -> pl.DataFrame:
+    rows = [
+        {
+            "trace": trace,
+            "phase": "decode",
+            "batch_size": size,
+            "drafts": drafts,
+            "window": drafts + 1,
+            "expert_ratio": 1 + drafts / (2 + size),
+            **{name: 1.2 + step for name, step in (("verification_ratio", 0.0), ("verification_ratio_uniform", 0.1))},
+            **dict.fromkeys(("speedup", "speedup_uniform"), 1.1 + drafts / size),
+        }
+        for size in (1, 2, 4, 8)
+        for drafts in (1, 3)
+    ]
+    return pl.DataFrame(rows)
+
+
+def cache_frame(trace: str = "chat") -> pl.DataFrame:
+    parts = {"cold": 0.02, "working_set": 0.2, "policy_excess": 0.1, "misses_per_token": 30.0}
+    rows = [
+        {"trace": trace, "phase": "decode", "scope": "layer", "start": "cold", "policy": policy, "capacity": capacity}
+        | {"hit_rate": 1 - 1 / capacity, "hit_rate_lo": 0.9 - 1 / capacity, "hit_rate_hi": 1.0, **parts}
+        for policy in ("lru", "belady", "static")
+        for capacity in (4.0, 8.0, 16.0)
+    ]
+    return pl.DataFrame(rows)
+
+
+def prefetch_frame(trace: str = "chat") -> pl.DataFrame:
+    rows = [
+        {"trace": trace, "phase": "decode", "layer": layer, "predictor": name, "distance": distance, "m": 8}
+        | {"exact": 0.1, "recall": 0.5 + layer / 10, "recall_lo": 0.4, "recall_hi": 0.9, "precision": 0.5}
+        for name, distance in (("previous_token", None), ("transition", 1), ("next_gate", 1), ("next_gate", 2))
+        for layer in range(4)
+    ]
+    return pl.DataFrame(rows, schema_overrides={"distance": pl.Int64})
+
+
 def draw(kind: str, trace: str = "chat") -> drawing.Chart:
     frames = {
         "windows": windows_frame,
         "batch": windows_frame,
+        "batch-mix": mix_frame,
         "autocorr": autocorr_frame,
         "layer-lag": lambda trace: pl.concat([autocorr_frame(trace, layer=i) for i in range(3)]),
         "popularity": lambda trace: popularity_frame(3, 8, trace),
         "attribution": attribution_frame,
+        "acceptance": acceptance_frame,
+        "speedup": speedup_frame,
+        "verification-ratio": speedup_frame,
+        "speedup-map": speedup_frame,
+        "cache": cache_frame,
+        "prefetch": prefetch_frame,
     }
     return KINDS[kind].draw(frames[kind](trace))
 
@@ -211,6 +277,30 @@ def test_batch_is_on_a_log_axis_and_names_what_it_is_against():
     assert encoding["y"]["axis"]["format"] == "%"
     assert {r["name"] for r in data(chart) if "name" in r} == {f"vs {b}" for b in BASELINES}
     assert "windows of 4 tokens" in spec(chart)["title"]["text"]
+
+
+def test_batch_sizes_without_room_are_powers_of_two():
+    frame = pl.concat([windows_frame(batch_size=b) for b in [*range(1, 33), 64, 128, 256]])
+    axis = spec(charts.batch(frame, window=4))["layer"][2]["encoding"]["x"]["axis"]
+    assert axis["values"] == [2**i for i in range(9)]
+    panels = pl.concat([frame, frame.with_columns(trace=pl.lit("other"))])
+    axis = spec(charts.batch(panels, window=4))["spec"]["layer"][2]["encoding"]["x"]["axis"]
+    assert axis["values"] == [1, 4, 16, 64, 256]
+
+
+def test_a_mix_has_a_line_for_each_large_label_and_the_mean():
+    found = data(charts.batch_mix(mix_frame()))
+    assert {row["series"] for row in found} == {*(f"a label with a long name {i}" for i in range(3)), "mean"}
+    # At B = 4 too few windows are left for a mean.
+    assert sorted(row["x"] for row in found if row["series"] == "mean") == [1, 2]
+    names = [row["name"] for row in found if "name" in row]
+    assert len(names) == 4
+    assert all(len(name) <= 14 for name in names)
+    crowded = charts.batch_mix(mix_frame(labels=12))
+    assert len({row["series"] for row in data(crowded)} - {f"a label with a long name {i}" for i in (0, 1)}) == 11
+    assert "labels: the 10 with the most windows" in spec(crowded)["title"]["subtitle"]
+    misnamed = mix_frame().with_columns(label=pl.col("label").replace("a label with a long name 0", "mean"))
+    assert len({row["series"] for row in data(charts.batch_mix(misnamed))}) == 4
 
 
 def test_the_rows_to_draw_are_chosen_and_not_guessed():
@@ -306,7 +396,11 @@ def test_model_and_shape_are_named_where_the_frame_has_them():
 def test_a_frame_of_something_else_or_without_rows_is_refused(kind: str):
     with pytest.raises(UsageError, match=r"the frame of tk\."):
         KINDS[kind].draw(pl.DataFrame({"trace": ["a"], "phase": ["decode"]}))
-    frames = [windows_frame(), autocorr_frame(layer=0), attribution_frame(), popularity_frame(1, 4)]
+    frames = [windows_frame(), mix_frame(), autocorr_frame(layer=0), attribution_frame(), popularity_frame(1, 4)]
+    frames.append(speedup_frame())
+    frames.append(acceptance_frame())
+    frames.append(cache_frame())
+    frames.append(prefetch_frame())
     columns = {name: dtype for frame in frames for name, dtype in frame.schema.items()}
     with pytest.raises(UnsupportedError, match="no rows"):
         KINDS[kind].draw(pl.DataFrame(schema=columns))
@@ -409,8 +503,16 @@ def test_an_unknown_suffix_or_folder_is_refused(tmp_path: Path):
 def store(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
     folder = tmp_path_factory.mktemp("charts")
     ids = np.argsort(np.random.default_rng(0).random((90, 2, 8)), axis=2)[:, :, :3].astype(np.uint8)
-    np.savez(folder / "trace.npz", expert_ids=ids, request_lens=np.full(6, 15, np.int32))
-    tk.ingest(folder / "trace.npz", folder / "store", name=HOSTILE, num_experts=8, phase="decode")
+    # Verification steps of three rows: 0, 1 and 2 drafts accepted by turns, so that a request has 15 tokens.
+    rows = []
+    steps = [(0, 0), (1, 1), (3, 2), (6, 0), (7, 1), (9, 2), (12, 2)]
+    for i, (start, accepted) in itertools.product(range(6), steps):
+        step = {"request_id": str(i), "topic": ["prose", HOSTILE][i % 2], "start_pos": start, "n_drafted": 2}
+        experts = np.resize(ids[15 * i + start :], (3, 2, 3)).reshape(-1).tolist()
+        rows.append(step | {"n_accepted": accepted, "experts": experts})
+    pl.DataFrame(rows).write_parquet(folder / "trace.parquet")
+    about: dict[str, Any] = {"num_experts": 8, "top_k": 3, "label_fields": ["topic"]}
+    tk.ingest(folder / "trace.parquet", folder / "store", name=HOSTILE, phase="decode", **about)
     return tk.open(str(folder / "store"))
 
 
@@ -431,7 +533,7 @@ def test_the_parameters_of_a_chart_are_those_of_its_query(store: tk.Store):
         assert {r["x"] for r in data(charts.chart(store, "autocorr", max_lag="3"))} == {1, 2, 3}
         assert "windows of 2 tokens" in spec(charts.chart(store, "batch", window=2))["title"]["text"]
         assert spec(charts.chart(store, "windows", batch_size=4))["title"]["text"] == "Unique experts in 4 windows"
-    with pytest.raises(UsageError, match="windows, batch, autocorr, layer-lag, popularity, attribution"):
+    with pytest.raises(UsageError, match="windows, batch, batch-mix, autocorr, layer-lag"):
         charts.chart(store, "pie")
     with pytest.raises(UsageError, match="max_lag"):
         charts.chart(store, "autocorr", maxlag=3)

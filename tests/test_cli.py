@@ -39,6 +39,7 @@ TABLES = {
     "attribution by layer": ["attribution", "STORE", "--by", "layer", "--window", "3", "--seed", "7"],
     "load": ["load", "STORE"],
     "load by label": ["load", "STORE", "--by", "label"],
+    "compare": ["compare", "STORE", "--trace-a", "topical", "--trace-b", "topical"],
     "query": ["query", "STORE", "unique_experts_by_window", "--param", "max_window=3"],
     "formats": ["formats"],
     "query list": ["query", "--list"],
@@ -117,6 +118,9 @@ windows --max-window --batch-size --non-overlapping --trace --phase --by --seed 
 autocorr --max-lag --trace --phase --by --seed --no-intervals
 attribution --window --trace --phase --by --seed --no-intervals
 load --trace --phase --by
+expert-ratio --max-window --batch-size --trace --phase --by --seed --no-intervals
+budget --window --budget --share --steps --trace --phase --by --seed --no-intervals
+compare --trace-a --trace-b --phase --window --batch-size --paired --seed --no-intervals
 summary --trace --phase --seed --no-intervals
 query --param --list --describe
 chart --output -o --force --trace --phase

@@ -197,6 +197,39 @@ def replicates(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([[values.mean()], (values.sum() - values) / (len(values) - 1)])[:, None]
 
 
+def drawn_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return the points of the chart."""
+    [points] = tk.charts.compare(frame).to_dict()["datasets"].values()
+    rows: list[dict[str, Any]] = points
+    return rows
+
+
+def test_the_chart_draws_relative_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "s", HOSTILE, draw(1))
+    save(tmp_path / "s", "b", draw(2, keep=0.7))
+    frame, _ = heard(tmp_path / "s", trace_a=HOSTILE, trace_b="b", window=3, batch_size=[4])
+    points = {row["name"]: row for row in drawn_of(frame)}
+    for row in frame.filter(metric="overlap", at="lag 1").rows(named=True):
+        drawn = points["overlap (autocorr, lag 1)"]
+        assert drawn["x"] == pytest.approx(row["b"] / row["a"] - 1)
+        assert drawn["lo"] == pytest.approx(row["lo"] / row["a"])
+        assert drawn["hi"] == pytest.approx(row["hi"] / row["a"])
+        assert drawn["kind"] == "differs"
+    assert "observed (batches, T = 3, B = 4)" in points
+    assert not any("layer" in name for name in points)
+    bare, _ = heard(tmp_path / "s", trace_a=HOSTILE, trace_b="b", window=3, batch_size=[4], intervals=False)
+    assert {row["kind"] for row in drawn_of(bare)} == {"not resolved"}
+    with pytest.raises(UnsupportedError, match="nothing to draw"):
+        tk.charts.compare(frame.clear())
+    with pytest.raises(UsageError, match="without"):
+        tk.charts.compare(frame.drop("hi"))
+    asked = ["compare", str(tmp_path / "s"), "--trace-a", HOSTILE, "--trace-b", "b", "--window", "3", "--no-intervals"]
+    assert main([*asked, "--chart", str(tmp_path / "c.json")]) == 0
+    assert "DROP VIEW" in (tmp_path / "c.json").read_text(encoding="utf-8")
+    assert main([*asked, "--chart", str(tmp_path / "c.json")]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_intervals_of_a_difference_cover_it(paired: bool) -> None:
     """Means over requests with an effect of their own, 12 against 12 or 8: about 95 of 100 intervals hold the truth."""

@@ -301,6 +301,18 @@ def test_the_acceptance_length_is_the_sum_of_what_acceptance_says(chained: tk.St
     assert 1 + sum(at_least[1:]) == pytest.approx(quiet(lambda: tk.steps(chained))["acceptance_length"][0])
 
 
+def test_accepting_the_most_or_more_is_accepting_the_most(chained: tk.Store) -> None:
+    found = quiet(lambda: tk.acceptance(chained))
+    ends = ("", "_lo", "_hi")
+    last = found.row(-1, named=True)
+    assert [last[f"at_least{end}"] for end in ends] == [last[f"share{end}"] for end in ends]
+    assert last["share_lo"] is not None
+    # One draft or more is not none: the interval is the other's mirrored.
+    none, one = found.rows(named=True)[:2]
+    mirrored = [1 - none["share_hi"], 1 - none["share_lo"]]
+    assert [one["at_least_lo"], one["at_least_hi"]] == pytest.approx(mirrored)
+
+
 def test_every_draft_accepted_or_none(tmp_path: Path) -> None:
     """All accepted: the kept rows are all rows. None: k experts are kept, and a step emits one token."""
     all_: list[Made] = [([0, 1, 2], 2, [0, 1, 2])] * 5

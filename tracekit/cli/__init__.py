@@ -5,6 +5,7 @@ The heavy libraries are imported by the verbs that need them, when they run: ``-
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,9 +23,25 @@ VERBS = {
     "info": "tracekit.cli.info:info",
     "summary": "tracekit.cli.analyses:summary",
     "windows": "tracekit.cli.analyses:windows",
-    "autocorr": "tracekit.cli.analyses:autocorr",
+    "expert-ratio": "tracekit.cli.speculation:expert_ratio",
     "attribution": "tracekit.cli.analyses:attribution",
+    "autocorr": "tracekit.cli.analyses:autocorr",
     "load": "tracekit.cli.analyses:load",
+    "compare": "tracekit.cli.compare:compare",
+    "steps": "tracekit.cli.speculation:steps",
+    "acceptance": "tracekit.cli.speculation:acceptance",
+    "speedup": "tracekit.cli.speedup:speedup",
+    "calibrate": "tracekit.cli.calibrate:calibrate",
+    "budget": "tracekit.cli.speculation:budget",
+    "law": "tracekit.cli.design:law",
+    "design": "tracekit.cli.design:design",
+    "cache": "tracekit.cli.offloading:cache",
+    "reuse": "tracekit.cli.offloading:reuse",
+    "layer-budgets": "tracekit.cli.offloading:layer_budgets",
+    "locality": "tracekit.cli.offloading:locality",
+    "prefetch": "tracekit.cli.offloading:prefetch",
+    "tpot": "tracekit.cli.tpot:tpot",
+    "report": "tracekit.cli.report:report",
     "chart": "tracekit.cli.chart:chart",
     "query": "tracekit.cli.sql:query",
     "sql": "tracekit.cli.sql:sql",
@@ -34,10 +51,21 @@ VERBS = {
 }
 """The verbs, in the order of their use, and where each is defined."""
 
+SECTIONS = {
+    "ingest": "Traces",
+    "summary": "Routing",
+    "steps": "Speculative decoding",
+    "cache": "Offloaded experts",
+    "report": "Results",
+    "models": "Beside",
+}
+"""The titles under which the help lists the verbs, each by the first of them."""
+
 
 @click.group(
     cls=LazyGroup,
     verbs=VERBS,
+    sections=SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="\b\nStart with:\n"
     "  tracekit ingest trace.npz --num-experts 64 --phase decode --store traces\n"
@@ -55,6 +83,11 @@ def command() -> None:
     """
 
 
+ALLOCATOR = {"_RJEM_MALLOC_CONF": "dirty_decay_ms:10000"}
+"""Read by Polars' allocator on Linux when it is loaded: keep freed memory for ten seconds instead of half a second. A
+pass frees and wants the same buffers again and again; asking the system for them anew costs it a tenth of its time."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -63,5 +96,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args
         Arguments after the program's name; by default those of the process.
     """
+    for name, value in ALLOCATOR.items():
+        os.environ.setdefault(name, value)
     arguments = list(sys.argv[1:] if args is None else args)
     return guarded(lambda: command.main(args=arguments, prog_name="tracekit", standalone_mode=False))

@@ -18,20 +18,23 @@ window_option = click.option(
     help="Tokens in the verification window. [default: 4, or the most that a request has]",
 )
 
+max_window_option = click.option(
+    "--max-window",
+    type=click.IntRange(min=1),
+    help="Longest window, in tokens. [default: 8, or the most that a request has]",
+)
+
 
 @verb(
     "windows",
     examples=[
         "tracekit windows traces --max-window 8 --batch-size 1,4,16",
+        "tracekit windows traces --batch-size 1,8,64,256 --distinct",
         "tracekit windows traces --by layer --format csv -o windows.csv",
     ],
 )
 @store_argument
-@click.option(
-    "--max-window",
-    type=click.IntRange(min=1),
-    help="Longest window, in tokens. [default: 8, or the most that a request has]",
-)
+@max_window_option
 @click.option(
     "--batch-size",
     metavar="N,N,…",
@@ -41,6 +44,11 @@ window_option = click.option(
     help="Requests verified together, a window each.",
 )
 @click.option("--non-overlapping", is_flag=True, help="Windows that start every T tokens instead of at every token.")
+@click.option(
+    "--distinct",
+    is_flag=True,
+    help="Batches of distinct requests, each equally likely, instead of windows drawn independently; no intervals.",
+)
 @selectors()
 @output_options
 def windows(store: Path, batch_size: tuple[int, ...], non_overlapping: bool, out: Output, **options: Any) -> None:

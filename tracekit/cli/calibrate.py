@@ -10,7 +10,7 @@ import click
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.machine import acceptance_options, cost_options
-from tracekit.cli.options import selectors, store_argument
+from tracekit.cli.options import one_trace, store_argument
 from tracekit.cli.output import Output, output_options
 
 
@@ -42,7 +42,7 @@ from tracekit.cli.output import Output, output_options
     help="Keep the machine's figure instead of fitting it; may be repeated.",
 )
 @click.option("--points", is_flag=True, help="Show each point and how far it lies from the fit, not the parameters.")
-@selectors(by=[], intervals=False)
+@one_trace
 @output_options
 def calibrate(
     store: Path,

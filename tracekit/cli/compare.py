@@ -12,12 +12,13 @@ from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.options import store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
+from tracekit.reports.files import check_writable
 
 
 @verb(
     "compare",
     examples=[
-        "tracekit compare traces --trace-a bf16 --trace-b int4",
+        "tracekit compare traces --trace-a bf16 --trace-b int4 --chart compared.png",
         "tracekit compare traces others --trace-a chat --trace-b chat -o compared.csv",
     ],
 )
@@ -53,8 +54,11 @@ from tracekit.cli.output import Output, output_options
     help="Seed of the grouping of requests for the intervals.",
 )
 @click.option("--no-intervals", is_flag=True, help="Leave the intervals out.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw it, too: .html, .png, .svg, .pdf or .json.")
 @output_options
-def compare(store: Path, other: Path | None, no_intervals: bool, out: Output, **options: Any) -> None:
+def compare(
+    store: Path, other: Path | None, no_intervals: bool, chart: Path | None, out: Output, **options: Any
+) -> None:
     """Say in which headline figures two traces differ.
 
     Two models, quantisations, engines or workloads; of one store, or of STORE and OTHER. Traces of the same requests
@@ -63,7 +67,14 @@ def compare(store: Path, other: Path | None, no_intervals: bool, out: Output, **
     """
     import tracekit as tk
 
+    if chart is not None:
+        check_writable(chart, force=out.force)
     announce_compilation(out)
     second = None if other is None else tk.open(other)
     frame = tk.compare(tk.open(store), second, intervals=not no_intervals, **options)
     out.table(frame, "compare")
+    if chart is not None:
+        from tracekit.reports.charts import render
+
+        render(tk.charts.compare(frame), chart, force=out.force)
+        out.note(f"wrote {chart}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import store_argument, whole_numbers
+from tracekit.cli.options import one_trace, store_argument, whole_numbers
 from tracekit.cli.output import FORMATS, Output, output_options, quiet_option
 from tracekit.reports.files import check_writable, write
 
@@ -31,17 +30,6 @@ def axis(value: str) -> tuple[str, tuple[int, ...]]:
             raise click.BadParameter(f"{values!r} is not a list of whole numbers from 0 on, such as 0,1,2")
         return name, shared
     return name, whole_numbers(values)
-
-
-def one_trace(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--trace`` and ``--phase`` to a verb that takes one trace only."""
-    trace = click.option("--trace", metavar="NAME", help="The trace; may be left out where the store holds one.")
-    phase = click.option(
-        "--phase",
-        type=click.Choice(["decode", "prefill", "all"]),
-        help="Which tokens. [default: decode where the store knows it, else what there is]",
-    )
-    return trace(phase(function))
 
 
 @verb(

@@ -11,15 +11,31 @@ import click
 
 
 class LazyGroup(click.Group):
-    """A group whose verbs are given as ``module:attribute``."""
+    """A group whose verbs are given as ``module:attribute``; a section begins with the verb that has its title."""
 
-    def __init__(self, *args: Any, verbs: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, verbs: Mapping[str, str], sections: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._verbs = verbs
+        self._sections = sections or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the verbs in the order given."""
         return list(self._verbs)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs, section by section."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        title, widest = "Commands", max(map(len, self._verbs))
+        for name in self._verbs:
+            title = self._sections.get(name, title)
+            verb = self.get_command(ctx, name)
+            assert verb is not None
+            rows.setdefault(title, []).append((name.ljust(widest), verb.get_short_help_str(formatter.width)))
+        for title, verbs in rows.items():
+            with formatter.section(title):
+                formatter.write_dl(verbs)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a verb, importing its module, or None if there is no such verb."""

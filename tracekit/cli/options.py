@@ -151,3 +151,14 @@ def selectors(
         return decorated
 
     return decorate
+
+
+def one_trace(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--trace`` and ``--phase`` to a verb that takes one trace only."""
+    trace = click.option("--trace", metavar="NAME", help="The trace; may be left out where the store holds one.")
+    phase = click.option(
+        "--phase",
+        type=click.Choice(["decode", "prefill", "all"]),
+        help="Which tokens. [default: decode where the store knows it, else what there is]",
+    )
+    return trace(phase(function))

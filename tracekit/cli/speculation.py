@@ -7,10 +7,44 @@ from typing import Any
 
 import click
 
+from tracekit.cli.analyses import max_window_option
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.options import selectors, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
+
+
+@verb(
+    "expert-ratio",
+    examples=[
+        "tracekit expert-ratio traces --batch-size 1,8,64 --max-window 4",
+        "tracekit expert-ratio traces --by layer --format csv -o ratios.csv",
+    ],
+)
+@store_argument
+@max_window_option
+@click.option(
+    "--batch-size",
+    metavar="B,B,…",
+    type=whole_numbers,
+    default="1,2,4,8,16,32,64",
+    show_default=True,
+    help="Requests verified together, a window each.",
+)
+@selectors()
+@output_options
+def expert_ratio(store: Path, out: Output, **options: Any) -> None:
+    """Say how many more experts a verification loads than a step.
+
+    U(T, B) / U(1, B): the experts of windows of T tokens of B requests over those of one token of each, which is how
+    much more of the experts' weights a verification reads than a step without speculation. Beside it what the
+    baselines would say; the uniform one needs no trace.
+    """
+    import tracekit as tk
+
+    announce_compilation(out)
+    frame = tk.expert_ratio(tk.open(store), **options)
+    out.table(frame, "expert_ratio")
 
 
 @verb(

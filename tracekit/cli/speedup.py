@@ -56,7 +56,8 @@ CHARTS = ("speedup", "verification-ratio", "speedup-map")
     "--measured",
     metavar="FILE[:KEY=VALUE,…]",
     multiple=True,
-    help="Fit the machine's figures and the cost of a draft to these benchmark results first: see tracekit calibrate.",
+    help="Fit the machine's figures and the cost of a draft to these benchmark results first, and take the acceptance "
+    "from them where they say it: see tracekit calibrate.",
 )
 @selectors(by=[])
 @output_options
@@ -101,6 +102,9 @@ def speedup(
         cost = {name: value for name, value in cost.items() if name not in _MACHINE} | {"hardware": found.hardware}
         if draft_model is None and found.draft_cost is not None:
             drafting = drafting | {"draft_cost": found.draft_cost}
+        if found.acceptance_rate is not None and not drafting.keys() & {"acceptance_rate", "acceptance_length"}:
+            drafting = drafting | {"acceptance_rate": found.acceptance_rate}
+            out.note(f"the acceptance rate is that of the measured acceptance lengths, {found.acceptance_rate:.3f}")
     if parts:
         frame = tk.step_time(opened, batch_size=batch_size, drafts=drafts, **where, **cost)
         out.table(frame, "step_time")

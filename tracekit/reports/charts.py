@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tracekit.analysis.wants import WINDOW
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.reports import queries
+from tracekit.reports.comparison_charts import compare
+from tracekit.reports.design_charts import design
 from tracekit.reports.drawing import (
     LINES,
+    Line,
     Row,
     finite,
     heatmap,
@@ -27,7 +30,10 @@ from tracekit.reports.drawing import (
     rounded,
     waterfall,
 )
+from tracekit.reports.offloading_charts import cache, prefetch
 from tracekit.reports.rendering import render
+from tracekit.reports.speculation_charts import acceptance, speedup, speedup_map, verification_ratio
+from tracekit.reports.timing_charts import gantt, tpot
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,13 +44,24 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "ChartKind",
+    "acceptance",
     "attribution",
     "autocorr",
     "batch",
+    "batch_mix",
+    "cache",
     "chart",
+    "compare",
+    "design",
+    "gantt",
     "layer_lag",
     "popularity",
+    "prefetch",
     "render",
+    "speedup",
+    "speedup_map",
+    "tpot",
+    "verification_ratio",
     "windows",
 ]
 
@@ -54,6 +71,14 @@ _CAUSES = {
     "request": "request (topic)",
     "token_order": "token order (correlation)",
 }
+
+_LABEL_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#6b6b6b")
+_MOST_LABELS = 10
+"""Labels that are drawn at most: the names at the ends of their lines need room."""
+_LABEL_LETTERS = 14
+"""Letters of a label that fit beside the plot."""
+_COVERED = 0.9
+"""Share of the windows whose labels have enough requests for a batch, below which a mean over labels says little."""
 
 
 def windows(frame: pl.DataFrame, *, batch_size: int = 1) -> Chart:
@@ -131,6 +156,69 @@ def batch(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
         y=("Reduction against the baseline", ".1%"),
         title=(f"Fewer experts than expected, windows of {_lengths(frame)} tokens", about),
         more=(("observed", "unique experts", ".2f"),),
+    )
+
+
+def batch_mix(frame: pl.DataFrame) -> Chart:
+    """Draw how many more experts a batch of all requests loads than a batch of one label, by batch size.
+
+    Of the labels those with the most windows; the mean as far as it is one of nearly all windows.
+
+    Parameters
+    ----------
+    frame
+        As ``tk.query(store, "batch_mix")`` returns it.
+
+    Raises
+    ------
+    UsageError
+        The frame has other columns.
+    UnsupportedError
+        The frame is empty.
+    """
+    import polars as pl
+
+    require(frame, 'query("batch_mix")', "window", "batch_size", "label", "unique", "extra", "covered")
+    largest = (
+        frame.filter(pl.col("label").is_not_null(), pl.col("batch_size") == 1)
+        .filter(pl.col("covered").rank("ordinal", descending=True).over("trace") <= _MOST_LABELS)
+        .sort("covered", descending=True)["label"]
+        .unique(maintain_order=True)
+        .to_list()
+    )
+    mean = "mean"
+    while mean in largest:
+        mean += " "
+    styles = {
+        label: Line(_LABEL_COLORS[i % len(_LABEL_COLORS)], ((4, 2), (2, 2))[i // len(_LABEL_COLORS) % 2], str(label))
+        for i, label in enumerate(largest)
+    }
+    styles[mean] = Line(LINES["observed"].color, (), "mean over labels, weighted by their windows")
+    about, panels = panels_of(frame, "label")
+    data = []
+    for title, rows in panels:
+        lines = {
+            name: [
+                (r["batch_size"], r["extra"], None, None, r)
+                for r in rows
+                if (r["label"] == name if name != mean else r["label"] is None and r["covered"] >= _COVERED)
+            ]
+            for name in styles
+        }
+        data += ladder(title, lines, lambda _, r: {"unique": r["unique"], "mixed": r["mixed"]}, styles=styles)
+    for row in data:
+        if len(row.get("name", "")) > _LABEL_LETTERS:
+            row["name"] = row["name"][: _LABEL_LETTERS - 1] + "…"
+    notes = [f"mean: while labels with {_COVERED:.0%} of the windows have as many requests"]
+    if frame["label"].n_unique() > len(styles):
+        notes.append(f"labels: the {_MOST_LABELS} with the most windows")
+    return line_chart(
+        data,
+        x=("Batch size B (requests verified together)", "log"),
+        y=("More experts in a batch of all requests", ".1%"),
+        title=(f"What mixing labels in a batch costs, windows of {_lengths(frame)} tokens", about, *notes),
+        more=(("unique", "experts, one label", ".2f"), ("mixed", "experts, all requests", ".2f")),
+        styles=styles,
     )
 
 
@@ -297,10 +385,17 @@ KINDS: dict[str, ChartKind] = {
     for kind in (
         ChartKind("windows", "unique experts against window length", windows, "chart_windows", "batch_size"),
         ChartKind("batch", "reduction by batch size", batch, "chart_batch", "window"),
+        ChartKind("batch-mix", "what mixing labels in a batch costs", batch_mix, "batch_mix"),
         ChartKind("autocorr", "overlap by lag", autocorr, "chart_autocorr"),
         ChartKind("layer-lag", "overlap by layer and lag", layer_lag, "chart_layer_lag"),
         ChartKind("popularity", "popularity of every expert by layer", popularity, "popularity_by_layer"),
         ChartKind("attribution", "what the reduction is made of", attribution, "chart_attribution"),
+        ChartKind("speedup", "speedup by batch size and draft length", speedup, "speculation"),
+        ChartKind("verification-ratio", "cost of a verification by batch size", verification_ratio, "speculation"),
+        ChartKind("speedup-map", "speedup by batch size and draft length, as a map", speedup_map, "speculation"),
+        ChartKind("acceptance", "experts loaded by accepted drafts", acceptance, "chart_acceptance"),
+        ChartKind("cache", "hit rate of expert caches by size and policy", cache, "cache_misses"),
+        ChartKind("prefetch", "recall of prefetch predictors by layer", prefetch, "prefetch_recall"),
     )
 }
 """The charts by name."""

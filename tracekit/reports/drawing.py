@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tracekit.errors import UnsupportedError, UsageError
+from tracekit.reports.display import script_safe
 
 if TYPE_CHECKING:
     import altair as alt
@@ -480,4 +481,4 @@ def page(chart: Chart, title: tuple[str, ...]) -> Chart:
             limit=WIDTH + 140,
         )
     )
-    return styled
+    return script_safe(styled)

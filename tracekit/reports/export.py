@@ -95,9 +95,9 @@ def _cell(value: Any) -> str | None:
 
 def _markdown(frame: pl.DataFrame) -> str:
     rule = ["---:" if dtype.is_numeric() else "---" for dtype in frame.dtypes]
-    lines = [[_markdown_text(name) for name in frame.columns], rule]
+    lines = [[markdown_text(name) for name in frame.columns], rule]
     lines += [
-        ["" if (text := _cell(value)) is None else _markdown_text(text) for value in row] for row in frame.iter_rows()
+        ["" if (text := _cell(value)) is None else markdown_text(text) for value in row] for row in frame.iter_rows()
     ]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -106,5 +106,6 @@ def _markdown(frame: pl.DataFrame) -> str:
 _MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "`": "\\`", "<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Return text as one cell of a Markdown table, nothing in it markup."""
     return printable(text).translate(_MARKDOWN)

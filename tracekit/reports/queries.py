@@ -15,9 +15,12 @@ Its header is the documentation and is checked against the columns that the quer
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     from tracekit.store import Store
 
-Value = str | int | None
+Value = str | int | float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Parameter:
 
     name: str
     type: str
-    """``VARCHAR``, or ``INTEGER`` for a positive number."""
+    """``VARCHAR``, ``INTEGER`` for a positive number, or ``DOUBLE`` for a number from 0 on."""
     default: Value
     text: str
     unit: str | None = None
@@ -52,7 +55,7 @@ class Parameter:
         Raises
         ------
         UsageError
-            The value is not of the type, not positive, or not a phase.
+            The value is not of the type, not positive (a fraction: not in [0, 1]), or not a phase.
         """
         if value is None:
             return None
@@ -62,11 +65,24 @@ class Parameter:
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
                 return value
             raise UsageError(f"{self.name} = {value!r}", expected="a positive whole number")
+        if self.type == "DOUBLE":
+            return self._number(value)
         if not isinstance(value, str):
             raise UsageError(f"{self.name} = {value!r}", expected="text")
         if self.name == "phase" and value not in PHASES:
             raise UsageError(f"{self.name} = {value!r}", expected="one of " + ", ".join(PHASES))
         return value
+
+    def _number(self, value: Any) -> float:
+        number = math.nan
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError, OverflowError):
+                number = float(value)
+        most = 1.0 if self.unit == "fraction" else sys.float_info.max
+        if not 0 <= number <= most:
+            span = "from 0 to 1" if self.unit == "fraction" else "from 0 on"
+            raise UsageError(f"{self.name} = {value!r}", expected=f"a number {span}")
+        return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +101,15 @@ class Need:
 
     metric: str
     arguments: Mapping[str, str]
-    """As written: a word, a number or ``$parameter``; several, separated by blanks, make a tuple."""
+    """As written: a word, a number or ``$parameter``; several, separated by blanks or ``1..256``, make a tuple."""
 
     def bind(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """Return the arguments with the query's parameters put in, without those that are not given."""
         bound: dict[str, Any] = {}
         for name, text in self.arguments.items():
-            items = [item for word in text.split() if (item := _argument(word, values)) is not None]
+            items = [item for word in text.split() for item in _arguments(word, values) if item is not None]
             if items:
-                bound[name] = items[0] if " " not in text else tuple(dict.fromkeys(items))
+                bound[name] = tuple(dict.fromkeys(items)) if " " in text or ".." in text else items[0]
         return bound
 
 
@@ -260,10 +276,15 @@ def summary(
     return query(store, "summary", intervals=intervals, seed=seed, trace=trace, phase=phase, window=window)
 
 
-def _argument(text: str, values: Mapping[str, Value]) -> Value:
+def _arguments(text: str, values: Mapping[str, Value]) -> Iterable[Value]:
+    first, several, last = text.partition("..")
+    if several:
+        return range(int(first), int(last) + 1)
     if text.startswith("$"):
-        return values.get(text[1:])
-    return int(text) if text.isdigit() else text
+        return [values.get(text[1:])]
+    if text in ("true", "false"):
+        return [text == "true"]
+    return [int(text) if text.isdigit() else text]
 
 
 def _unknown(found: str, name: str, known: list[str]) -> UsageError:
@@ -286,7 +307,7 @@ def _library() -> dict[str, Query]:
     return {path.stem: parse(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_folder().glob("*.sql"))}
 
 
-_PARAM = re.compile(r"(?P<name>\w+) (?P<type>\w+) = (?P<default>\w+): (?P<text>.+)")
+_PARAM = re.compile(r"(?P<name>\w+) (?P<type>\w+) = (?P<default>[\w.]+): (?P<text>.+)")
 _COLUMN = re.compile(r"(?P<name>\w+) (?P<type>\w+): (?P<text>.+)")
 _NEED = re.compile(r"(\w+)(?:\(([^()]*)\))?")
 _UNIT = re.compile(r" \[([^\]]+)\]")
@@ -312,7 +333,8 @@ def parse(name: str, sql: str) -> Query:
             needs = _needs(rest)
         elif kind == "param" and (match := _PARAM.fullmatch(rest)):
             default = match["default"]
-            value = None if default == "NULL" else int(default) if default.isdigit() else default
+            make = {"INTEGER": int, "DOUBLE": float}.get(match["type"], str)
+            value = None if default == "NULL" else make(default)
             parameters.append(Parameter(match["name"], match["type"], value, *_unit(match["text"])))
         elif kind == "column" and (match := _COLUMN.fullmatch(rest)):
             columns.append(Column(match["name"], match["type"], *_unit(match["text"])))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tracekit.errors import UsageError
+from tracekit.reports.display import ScriptSafe
 from tracekit.reports.files import check_writable, write
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def content(chart: Chart, fmt: str) -> bytes:
     if fmt == "json":
         return (chart.to_json() + "\n").encode()
     if fmt == "html":
-        html: str = chart.to_html(inline=True, embed_options=dict(_EMBED), json_kwds={"cls": _ScriptSafe})
+        html: str = chart.to_html(inline=True, embed_options=dict(_EMBED), json_kwds={"cls": ScriptSafe})
         return html.encode()
     if fmt == "svg":
         text = io.StringIO()
@@ -64,10 +64,3 @@ def content(chart: Chart, fmt: str) -> bytes:
     image = io.BytesIO()
     chart.save(image, format="pdf" if fmt == "pdf" else "png", scale_factor=1 if fmt == "pdf" else 2)
     return image.getvalue()
-
-
-class _ScriptSafe(json.JSONEncoder):
-    """JSON that cannot end the script element it stands in, whatever a trace or a label is called."""
-
-    def encode(self, o: Any) -> str:
-        return super().encode(o).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

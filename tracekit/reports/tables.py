@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from tracekit.analysis.wants import WINDOW
-from tracekit.reports import modelling
+from tracekit.reports import caching, calibrating, designing, gaining, localising, modelling, prefetching, timing
 from tracekit.reports.export import EXPORT_FORMATS, export, plain
 from tracekit.reports.grid import Block, Column, draw, wrap
 from tracekit.reports.queries import Query
@@ -58,11 +58,16 @@ def render(
         return export(frame, fmt)
     if frame.is_empty() and layout:
         return "nothing was found\n" if layout == "check" else "(no rows)\n"
+    return draw(blocks(frame, layout), width, bold=bold)
+
+
+def blocks(frame: pl.DataFrame, layout: str | None = None) -> list[Block]:
+    """Return ``frame`` laid out, as :func:`render` takes it, before it is fitted to a width."""
     by = _group_column(frame)
     if layout in GROUPED and by:
-        return draw(list(GROUPED[layout](frame, by)), width, bold=bold)
+        return list(GROUPED[layout](frame, by))
     make = LAYOUTS[layout] if layout else _generic
-    return draw(list(make(frame)), width, bold=bold)
+    return list(make(frame))
 
 
 def listing(queries: Iterable[Query], width: int = WIDTH) -> str:
@@ -110,6 +115,30 @@ def _windows_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
         yield Block(columns, f"{title}: unique experts, and how far below each baseline")
     others = "the other windows and " if one.height < frame.height else ""
     yield Block([], notes=[f"(--format csv has {others}every column)"])
+
+
+def _expert_ratio(frame: pl.DataFrame) -> Iterator[Block]:
+    # At a window of one token every ratio is 1.
+    for title, rows in _parts(frame.filter(pl.col("window") > 1), ["trace", "phase"]):
+        columns = [
+            Column("B", [str(row["batch_size"]) for row in rows]),
+            Column("T", [str(row["window"]) for row in rows]),
+        ]
+        columns += [_values("U(T, B)", rows, "unique"), _values("U(1, B)", rows, "unique_single"), *_ratios(rows)]
+        yield Block(columns, f"{title}: experts of T tokens of B requests, over those of one token of each")
+
+
+def _expert_ratio_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
+    one = frame.filter(pl.col("window") <= WINDOW).filter(pl.col("window") == pl.col("window").max().over("trace"))
+    for title, rows in _parts(one, ["trace", "phase", "batch_size", "window"]):
+        yield Block([_group(by, rows), *_ratios(rows)], f"{title}: experts loaded, over those of one token a request")
+    others = "the other windows and " if one.height < frame.height else ""
+    yield Block([], notes=[f"(--format csv has {others}every column)"])
+
+
+def _ratios(rows: Sequence[Row]) -> list[Column]:
+    rungs = [name for name in ("uniform", "popularity", "request") if _any(rows, f"ratio_{name}")]
+    return [*_estimate("ratio", rows, "ratio"), *(_values(name, rows, f"ratio_{name}") for name in rungs)]
 
 
 def _autocorr(frame: pl.DataFrame) -> Iterator[Block]:
@@ -229,6 +258,112 @@ def _load(frame: pl.DataFrame) -> Iterator[Block]:
         yield Block(columns, title)
 
 
+def _steps(frame: pl.DataFrame) -> Iterator[Block]:
+    for title, rows in _parts(frame, ["trace", "phase"]):
+        kept = rows if len(rows) > 2 else rows[:1]  # one length: the row over all would say the same again
+        first = Column("rows", ["all" if row["window"] is None else str(row["window"]) for row in kept])
+        columns = [first, _counts("steps", kept, "n_steps")]
+        columns += [*_estimate("emitted", kept, "acceptance_length"), *_step_unions(kept)]
+        yield Block(columns, f"{title}: tokens emitted and experts loaded by a step")
+        columns = [first, _values("uniform", kept, "expected_uniform")]
+        columns += [_values(name, kept, f"expected_{name}") for name in ("popularity",)]
+        columns += [_values("accepted-only", kept, "accepted_only"), _values("step", kept, "unique")]
+        columns += _estimate("bias, %", kept, "bias", factor=100)
+        yield Block(columns, "experts of as many tokens: expected, in windows of accepted ones, in a step")
+
+
+def _steps_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
+    for title, rows in _parts(frame.filter(pl.col("window").is_null()), ["trace", "phase"]):
+        columns = [_group(by, rows), *_estimate("emitted", rows, "acceptance_length", interval_rank=2)]
+        columns += [*_step_unions(rows, 2), _values("accepted-only", rows, "accepted_only")]
+        columns += _estimate("bias, %", rows, "bias", factor=100, interval_rank=1)
+        yield Block(columns, f"{title}: tokens emitted and experts loaded by a step")
+    yield Block([], notes=["(of all lengths of step; --format csv has each, and every column)"])
+
+
+def _step_unions(rows: Sequence[Row], rank: int = 0) -> list[Column]:
+    columns = _estimate("unique", rows, "unique", interval_rank=rank)
+    if _any(rows, "unique_kept"):
+        columns += [_values("kept", rows, "unique_kept"), _percent("rejected", rows, "rejected_share")]
+    return columns
+
+
+def _acceptance(frame: pl.DataFrame) -> Iterator[Block]:
+    by = _group_column(frame)
+    for title, rows in _parts(frame, ["trace", "phase", *([by] if by else [])]):
+        columns = [Column("accepted", [str(row["accepted"]) for row in rows]), _counts("steps", rows, "n_steps")]
+        columns += _estimate("share, %", rows, "share", factor=100)
+        columns += _estimate("or more, %", rows, "at_least", factor=100, interval_rank=2)
+        columns += _estimate("rate, %", rows, "rate", factor=100, interval_rank=1)
+        columns += [_values("unique", rows, "unique"), _values("rejected", rows, "rejected_unique")]
+        length = 1 + sum(row["at_least"] for row in rows if row["accepted"])
+        yield Block(columns, f"{title}: drafts accepted by a step, which emits {number(length)} tokens")
+
+
+def _budget(frame: pl.DataFrame) -> Iterator[Block]:
+    for title, rows in _parts(frame, ["trace", "phase", "steps", "window", "share"]):
+        first = Column("budget", [str(row["budget"]) for row in rows])
+        yield Block(_budget_columns(first, rows), _weighed(title, rows))
+
+
+def _budget_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
+    for title, rows in _parts(frame, ["trace", "phase", "steps", "window", "budget", "share"]):
+        columns = [_group(by, rows), *_budget_columns(None, rows), _values("unique", rows, "unique")]
+        yield Block([*columns, _values("carry it", rows, "experts_for_share")], _weighed(title, []))
+
+
+def _budget_columns(first: Column | None, rows: Sequence[Row]) -> list[Column]:
+    columns = [_values("loaded", rows, "loaded"), _values("× k", rows, "per_top_k")]
+    columns += _estimate("weight kept, %", rows, "weight_kept", factor=100)
+    columns += _estimate("tokens intact, %", rows, "tokens_intact", factor=100, interval_rank=1)
+    return columns if first is None else [first, *columns]
+
+
+def _weighed(title: str, rows: Sequence[Row]) -> str:
+    title, share = title.rsplit(", share ", 1)
+    title = title.replace(", steps true, window of", ", real steps of").replace(", steps false", "")
+    if not rows:
+        return f"{title}: what it keeps (share {share})"
+    row = rows[0]
+    unique, needed = (number(row[name], _half(row, name)) for name in ("unique", "experts_for_share"))
+    return f"{title}: {unique} unique experts, of which {needed} carry {float(share) * 100:g} % of the weight"
+
+
+def _compare(frame: pl.DataFrame) -> Iterator[Block]:
+    shown = frame.filter(~pl.col("at").fill_null("").str.starts_with("layer "))
+    keys = ["trace_a", "phase_a", "trace_b", "phase_b", "paired"]
+    for values, part in shown.group_by(keys, maintain_order=True):
+        names: list[str] = []
+        figures: dict[str, list[str]] = {"a": [], "b": [], "difference": []}
+        intervals: list[str] = []
+        marks: list[str] = []
+        for (section, at), group in part.group_by("section", "at", maintain_order=True):
+            rows = group.rows(named=True)
+            where = f", {_text(at)}".replace("window ", "T = ").replace("batch size ", "B = ") if at else ""
+            names += [_text(section) + where, *("  " + _text(row["metric"].replace("_", " ")) for row in rows)]
+            halves = [_half({"d_lo": row["lo"], "d_hi": row["hi"]}, "d") for row in rows]
+            for name, cells in figures.items():
+                cells += ["", *align([number(row[name], half) for row, half in zip(rows, halves, strict=True)])]
+            intervals += ["", *(interval(row["lo"], row["hi"]) for row in rows)]
+            marks += ["", *(_mark(row) for row in rows)]
+        columns = [Column("b - a", names, right=False), *(Column(name, cells) for name, cells in figures.items())]
+        if any(intervals):
+            columns.append(Column("95 %", intervals, right=False, gap=1, name="lo/hi"))
+            columns.append(Column("", marks, right=False, gap=1))
+        a, phase_a, b, phase_b, paired = values
+        kind = "the same requests, paired" if paired else "two samples of requests"
+        notes = ["* differs: the interval leaves out 0"] if "*" in marks else []
+        notes += ["? not resolved: the interval leaves out the difference itself"] if "?" in marks else []
+        notes += ["(--format csv has the agreement by layer)"] if shown.height < frame.height else []
+        yield Block(columns, f"a: {_text(a)}, {_text(phase_a)}; b: {_text(b)}, {_text(phase_b)} ({kind})", notes)
+
+
+def _mark(row: Row) -> str:
+    if row["lo"] is None:
+        return ""
+    return {True: "*", False: "", None: "?"}[row["differs"]]
+
+
 def _summary(frame: pl.DataFrame) -> Iterator[Block]:
     for title, rows in _parts(frame, ["trace", "phase"]):
         names: list[str] = []
@@ -318,22 +453,43 @@ def _generic(frame: pl.DataFrame) -> Iterator[Block]:
 
 GROUPED: dict[str, Callable[[pl.DataFrame, str], Iterable[Block]]] = {
     "windows": _windows_by,
+    "expert_ratio": _expert_ratio_by,
     "autocorr": _autocorr_by,
     "attribution": _attribution_by,
+    "budget": _budget_by,
+    "steps": _steps_by,
 }
 """The layouts of frames that have a row for each layer, label or request: one table a trace, one line a group."""
 
 LAYOUTS: dict[str, Callable[[pl.DataFrame], Iterable[Block]]] = {
     "windows": _windows,
+    "expert_ratio": _expert_ratio,
     "autocorr": _autocorr,
     "attribution": _attribution,
     "load": _load,
+    "budget": _budget,
+    "compare": _compare,
+    "steps": _steps,
+    "acceptance": _acceptance,
+    "cache": caching.cache,
+    "reuse": caching.reuse,
+    "layer_budgets": localising.layer_budgets,
+    "locality": localising.locality,
+    "prefetch": prefetching.prefetch,
     "summary": _summary,
     "formats": _formats,
     "info": _info,
     "check": _check,
+    "calibration": calibrating.calibration,
+    "calibration_points": calibrating.points,
     "models": modelling.models,
     "model": modelling.model,
+    "speedup": gaining.speedup,
+    "step_time": gaining.parts,
+    "amdahl": gaining.amdahl,
+    "tpot": timing.tpot,
+    "law": designing.law,
+    "design": designing.design,
 }
 """The layouts by name: each takes a frame with the columns of the function it is named after."""
 
