@@ -1,7 +1,8 @@
 # Everything a fresh machine needs is made here: Python 3.11+ and make are enough.
 #
 #   make demo    environment, sample traces into a store, its summary, charts
-#   make test    development environment, lint, types, layering, tests
+#   make test    development environment, lint, types, layering, the manual, tests
+#   make docs    the manual, build/manual/index.html
 #   make test-capture  tests of capture, which need torch: an environment of their own
 #   make bench   the benchmarks of benchmarks/README.md
 #   make clean   remove what the above made
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 CHARTS := windows autocorr attribution
 
-.PHONY: demo test test-capture lint bare bench clean
+.PHONY: demo test test-capture lint docs bare bench clean
 
 # Stamps record what an environment was made from, so that a second run is quick.
 $(VENV)/python:
@@ -46,7 +47,7 @@ demo: $(VENV)/installed
 	@echo "Next: . $(BIN)/activate && tracekit --help"
 
 # Tests run last, so that the last line says how many passed.
-test: lint bare
+test: lint docs bare
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/developed
@@ -54,6 +55,10 @@ lint: $(VENV)/developed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A warning is an error; everything is built anew, so that a page cannot hide one.
+docs: $(VENV)/developed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -b html docs build/manual
 
 # What a user gets from `pip install`: the wheel with its declared dependencies and nothing of the checkout.
 BARE := build/bare
