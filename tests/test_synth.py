@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tracekit as tk
 from tracekit.errors import UsageError
 from tracekit.synthetic import KINDS, SynthTrace, synth
 
@@ -167,3 +168,12 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 def test_save_wants_npz(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.npz"):
         synth("uniform").save(tmp_path / "trace.npy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_ingested_as_it_is_written(kind: str, tmp_path: Path) -> None:
+    trace = synth(kind, requests=6, tokens=64)
+    trace.save(tmp_path / "t.npz")
+    info = tk.ingest(tmp_path / "t.npz", tmp_path / "store", requests=tmp_path / "t.requests.json")
+    assert info.requests == 6
+    assert "argsort-view" not in {finding.finding for finding in info.findings}

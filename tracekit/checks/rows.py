@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,12 @@ ARGSORT_REMEDY = "ffn_moe_topk is a strided view: copy k ids per token with its 
 _GROUPS = 64
 _PIECE = 8192
 """Rows worked on at once."""
+
+
+def is_cycle(rankings: NDArray[Any], top_k: int) -> bool:
+    """Whether permutations ``[groups, N]`` consist of the same sets of k again and again: rankings would differ."""
+    sets = np.sort(rankings.reshape(len(rankings), -1, top_k), axis=2)
+    return len(sets) > 1 and bool((sets == sets[0]).all())
 
 
 class Rows:
@@ -94,7 +101,7 @@ class Rows:
         if self.not_rankings or n < 2 * k or groups < 1:
             return
         flat = request.ids[:tokens, 0].reshape(-1)[: groups * n].reshape(groups, n)
-        if (np.sort(flat, axis=1) == np.arange(n)).all():
+        if (np.sort(flat, axis=1) == np.arange(n)).all() and not (n % k == 0 and is_cycle(flat, k)):
             self.rankings += groups
             self.first_ranking = self.first_ranking or request.request_id
         else:

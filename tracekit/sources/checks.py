@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.checks.rows import is_cycle
 from tracekit.errors import SourceError
 from tracekit.schema import id_dtype
 from tracekit.sources.files import RELEASE_BYTES, allocate, release
@@ -158,7 +159,7 @@ def refuse_argsort_view(ids: Ids, num_experts: int, where: str) -> None:
     if rest or group < 2 or tokens % group:
         return
     sample = np.asarray(ids[: min(tokens, 64 * group), 0]).reshape(-1, num_experts)
-    if (np.sort(sample, axis=1) != np.arange(num_experts)).any():
+    if (np.sort(sample, axis=1) != np.arange(num_experts)).any() or is_cycle(sample, top_k):
         return
     of_one = math.lgamma(num_experts + 1) - group * math.lgamma(top_k + 1)
     chance = len(sample) * (of_one - group * math.log(math.comb(num_experts, top_k)))
