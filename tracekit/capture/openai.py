@@ -20,8 +20,7 @@ from tracekit.schema import Request
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.bundled import find
 from tracekit.store import Store, ingest
-from tracekit.store.manifest import MANIFEST, SEGMENTS, TEMPORARY
-from tracekit.store.writer import reading_options
+from tracekit.store.writer import check_name, check_words, reading_options
 
 if TYPE_CHECKING:
     from tracekit.store import TraceInfo
@@ -145,8 +144,7 @@ def capture_openai(
     UsageError
         An argument is out of range, or N is not known.
     """
-    if append and force:
-        raise UsageError("--append and --force exclude each other")
+    check_words(name, append=append, force=force)
     _check(max_tokens=max_tokens, concurrency=concurrency, retries=retries, timeout=timeout, temperature=temperature)
     found = read_prompts(prompts, label_fields=label_fields, labels=labels)
     server = Server(url, timeout=timeout, retries=retries, backoff=backoff, api_key=api_key)
@@ -215,26 +213,7 @@ def _check(**values: float | None) -> None:
 
 def _check_store(root: Path, name: str, prompts: Sequence[Prompt], *, append: bool, force: bool) -> None:
     """Refuse, before the server works for nothing, what the ingest would refuse."""
-    if not name.strip():
-        raise UsageError(f"the name {name!r}", expected="a name that can be seen")
-    if not (root / MANIFEST).exists():
-        ours = (SEGMENTS, ".lock")  # what an ingest that was killed leaves behind
-        if root.exists() and (
-            not root.is_dir()
-            or any(entry.name not in ours and not entry.name.startswith(TEMPORARY) for entry in root.iterdir())
-        ):
-            raise StoreError("is not a tracekit store", where=str(root), remedy="Choose another --store directory")
-    names = [trace.name for trace in Store(root).traces()] if (root / MANIFEST).exists() else []
-    if append and name not in names:
-        raise StoreError(
-            f"no trace named {name!r} to append to", where=str(root), remedy="Leave out --append to create it"
-        )
-    if name in names and not (append or force):
-        raise StoreError(
-            f"a trace named {name!r} is there already",
-            where=str(root),
-            remedy="Add requests to it with --append, replace it with --force, or choose another --name",
-        )
+    check_name(root, name, append=append, force=force)
     if append:
         opened = Store(root)
         known = set(opened.requests(opened.trace(name))["request_id"])

@@ -140,12 +140,9 @@ def ingest(
     paths = [Path(p) for p in ([sources] if isinstance(sources, str | Path) else sources)]
     if not paths:
         raise UsageError("no source given")
-    if append and force:
-        raise UsageError("--append and --force exclude each other")
     root = Path(store)
     trace_name = name if name is not None else default_name(paths[0])
-    if not trace_name.strip():
-        raise UsageError(f"the name {trace_name!r}", expected="a name that can be seen")
+    check_words(trace_name, append=append, force=force)
     options = reading_options(
         config=config,
         num_experts=num_experts,
@@ -280,23 +277,38 @@ def write_trace(
     StoreError
         The name exists, the directory is not a store, or it cannot be written.
     """
-    if append and force:
-        raise UsageError("--append and --force exclude each other")
-    if not name.strip():
-        raise UsageError(f"the name {name!r}", expected="a name that can be seen")
+    check_words(name, append=append, force=force)
     given = _Given(meta, requests, notes)
     return _store_trace(Path(store), name, lambda: given, list(sources), append=append, force=force)
 
 
+def check_words(name: str | None, *, append: bool, force: bool) -> None:
+    """Refuse a name, if it is known already, and intentions that no store could take.
+
+    Raises
+    ------
+    UsageError
+        The name is blank, or a trace is to be both added to and replaced.
+    """
+    if append and force:
+        raise UsageError("--append and --force exclude each other")
+    if name is not None and not name.strip():
+        raise UsageError(f"the name {name!r}", expected="a name that can be seen")
+
+
 def check_name(store: str | Path, name: str, *, append: bool = False, force: bool = False) -> None:
-    """Raise what `write_trace` would raise about the name, before the work that makes the trace.
+    """Raise what `write_trace` would raise about the name and the store, before the work that makes the trace.
 
     Raises
     ------
     StoreError
-        The name exists, or does not and is to be appended to; or the store is damaged.
+        The name exists, or does not and is to be appended to; or the directory is not a store, or a damaged one.
+    UsageError
+        As `check_words`.
     """
+    check_words(name, append=append, force=force)
     root = Path(store)
+    _refuse_other(root)
     traces = read_manifest(root) if (root / MANIFEST).exists() else []
     _existing(traces, root, name, append=append, force=force)
 
@@ -397,18 +409,24 @@ def _sidecar(requests: str | Path | Sequence[Mapping[str, Any]] | None) -> list[
     return data
 
 
+def _refuse_other(root: Path) -> None:
+    """Refuse what is there and is neither a store nor the place of one."""
+    if not root.exists() or (root / MANIFEST).exists():
+        return
+    if not root.is_dir():
+        raise StoreError("is a file, not a store", where=str(root), expected="a directory")
+    ours = (SEGMENTS, ".lock")  # what an ingest that was killed leaves behind
+    if any(entry.name not in ours and not entry.name.startswith(TEMPORARY) for entry in root.iterdir()):
+        raise StoreError(
+            "is not empty and is not a tracekit store", where=str(root), remedy="Choose another --store directory"
+        )
+
+
 @contextlib.contextmanager
 def _writable_store(root: Path) -> Iterator[list[TraceInfo]]:
     """Lock the store, creating it if need be; a store that was created here and stays empty is removed again."""
     created = not root.exists()
-    if not created and not (root / MANIFEST).exists():
-        if not root.is_dir():
-            raise StoreError("is a file, not a store", where=str(root), expected="a directory")
-        ours = (SEGMENTS, ".lock")  # what an ingest that was killed leaves behind
-        if any(entry.name not in ours and not entry.name.startswith(TEMPORARY) for entry in root.iterdir()):
-            raise StoreError(
-                "is not empty and is not a tracekit store", where=str(root), remedy="Choose another --store directory"
-            )
+    _refuse_other(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root):
