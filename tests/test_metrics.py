@@ -20,7 +20,7 @@ from tracekit.metrics import kernels
 from tracekit.metrics.measurement import Measurement
 from tracekit.metrics.state import Accumulator, Spec, caveats, resolve_phase
 from tracekit.schema import TraceMeta
-from tracekit.store import Block
+from tracekit.store import Columns
 
 Requests = list[dict[str, Any]]
 
@@ -36,7 +36,7 @@ def frame_of(requests: Requests) -> pl.DataFrame:
     return pl.DataFrame(rows, schema | {"n_decode": pl.UInt32}, orient="row")
 
 
-def block_of(requests: Requests, numbers: Sequence[int], layers: Sequence[int]) -> Block:
+def block_of(requests: Requests, numbers: Sequence[int], layers: Sequence[int]) -> Columns:
     """Routing rows of some of the requests, sorted by request, layer, position, cut into runs."""
     columns: list[np.ndarray] = []
     runs: list[tuple[int, ...]] = []
@@ -50,7 +50,7 @@ def block_of(requests: Requests, numbers: Sequence[int], layers: Sequence[int]) 
             row += len(positions)
     ids = np.ascontiguousarray(np.concatenate(columns).T)
     names = ("row", "request", "layer", "pos", "n")
-    return Block(ids, {n: np.array([r[i] for r in runs], np.int64) for i, n in enumerate(names)})
+    return Columns(tuple(ids), {n: np.array([r[i] for r in runs], np.int64) for i, n in enumerate(names)})
 
 
 def measured(
@@ -351,11 +351,9 @@ def test_blocks_that_overlap_in_time_add_up_to_the_whole() -> None:
     blocks = [block_of(requests, [i], meta.layers) for i in range(len(requests))]
     with Accumulator(meta, spec, frame_of(requests), 1) as whole:
         whole.add(block_of(requests, list(range(len(requests))), meta.layers))
-    buffers = [np.empty((meta.top_k, max(b.ids.shape[1] for b in blocks)), blocks[0].ids.dtype) for _ in range(3)]
     with Accumulator(meta, spec, frame_of(requests), 3) as parts:
-        for turn, block in enumerate(20 * blocks):  # as a store does: ids are overwritten after the next two blocks
-            buffers[turn % 3][:, : block.ids.shape[1]] = block.ids
-            parts.add(replace(block, ids=buffers[turn % 3]))
+        for block in 20 * blocks:  # as from a store: nobody else holds the columns, and the kernel reads by address
+            parts.add(replace(block, columns=tuple(column.copy() for column in block.columns)))
     assert np.array_equal(parts.state.overlap_counts, 20 * whole.state.overlap_counts)
     assert np.array_equal(parts.state.union_sum, 20 * whole.state.union_sum)
 

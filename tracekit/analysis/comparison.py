@@ -271,8 +271,8 @@ def _headlines(
         spec = Spec(
             side.phase, max_window=window, max_lag=max(lags), batches=bool(batch_sizes), intervals=intervals, seed=seed
         )
-        blocks = side.store.blocks(side.info)
-        measured.append(Measurement(side.info.meta, side.requests, spec, blocks, threads(), groups))
+        columns = side.store.columns(side.info)
+        measured.append(Measurement(side.info.meta, side.requests, spec, columns, threads(), groups))
     label = all(label_resolved(m, window) for m in measured)
     x, y = (headline(m, window, batch_sizes, lags, label=label) for m in measured)
     if a.info.meta.drafts_included and b.info.meta.drafts_included:

@@ -31,7 +31,7 @@ def routing(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -
 
     if info.meta.histogram:
         return Counted(info.meta, requests, spec, partial(store.counts, info))
-    return Measurement(info.meta, requests, spec, store.blocks(info), threads())
+    return Measurement(info.meta, requests, spec, store.columns(info), threads())
 
 
 def weights(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
@@ -58,7 +58,7 @@ def steps(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> 
     from tracekit.metrics.verification import Verification
 
     there = with_steps(store, info, requests)
-    return Verification(info.meta, there, spec, store.steps(info), partial(store.blocks, info), threads())
+    return Verification(info.meta, there, spec, store.steps(info), partial(store.columns, info), threads())
 
 
 def caches(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:

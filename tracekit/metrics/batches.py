@@ -8,7 +8,7 @@ that expert e is in none of their windows is the elementary symmetric mean of th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import njit
@@ -18,6 +18,9 @@ from tracekit.errors import UsageError
 from tracekit.metrics.kernels import scan_experts
 from tracekit.metrics.state import MAX_STATE_BYTES, Cells, Spec, together
 from tracekit.schema import TraceMeta
+
+if TYPE_CHECKING:
+    from tracekit.store import Columns
 
 _TOGETHER = 64
 """Requests that are added together, expert by expert: what there is of an expert stays in the processor's cache."""
@@ -132,6 +135,7 @@ def _add_together(n: int, there: Any, missed: Any, group: int, layer: int, windo
 
 @njit(cache=True, nogil=True)
 def _add_requests(
+    columns: Any,
     ids: Any,
     units: Any,
     unit_runs: Any,
@@ -145,7 +149,7 @@ def _add_requests(
 
     Parameters
     ----------
-    ids, run_start, run_length, overlapping
+    columns, ids, run_start, run_length, overlapping
         As :func:`tracekit.metrics.kernels.scan` takes them.
     units
         ``[U, 2]`` int64: layer index and output group of each unit, which is one request and one layer. Those that
@@ -174,7 +178,8 @@ def _add_requests(
             n = run_length[run]
             for i in range(min(max_window, n)):
                 windows[i] += n - i if overlapping else n // (i + 1)
-        scan_experts(ids, unit_runs[u, 0], unit_runs[u, 1], run_start, run_length, overlapping, 0, 0, hits, last, gaps)
+        runs = unit_runs[u]
+        scan_experts(columns, runs[0], runs[1], run_start, run_length, overlapping, 0, 0, hits, ids, last, gaps)
         for i in range(max_window):
             there[waiting, i] = windows[i] > 0
             if windows[i] > 0:
@@ -220,22 +225,22 @@ class DistinctBatches:
 
     def add(
         self,
-        ids: NDArray[np.unsignedinteger[Any]],
+        columns: Columns,
         request: NDArray[np.int64],
         layer: NDArray[np.int64],
         start: NDArray[np.int64],
         length: NDArray[np.int64],
     ) -> None:
-        """Add whole requests, or some layers of them, that come as runs: ``ids[k, rows]``, the others ``[runs]``.
+        """Add whole requests, or some layers of them, that come as runs ``[runs]``.
 
         Runs are ordered by request and layer (its place on the layer axis); a window of a request is any of its runs'.
         """
         first, unit_runs = together(request, layer)
         units = np.stack([layer[first], self._group[request[first]]], axis=1)
         order = np.lexsort(units.T)
-        _add_requests(
-            ids, units[order], unit_runs[order], start, length, self._overlapping, self.n_requests, self.absent
-        )
+        runs = unit_runs[order], start, length
+        ids = columns.scratch(length)
+        _add_requests(columns.addresses(), ids, units[order], *runs, self._overlapping, self.n_requests, self.absent)
 
     def unique(self, group: int, batch_size: int) -> NDArray[np.float64]:
         """Return the unique experts of a batch, ``[L, T]``; NaN where fewer requests have a window of the length."""

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types  # type: ignore[attr-defined] # its stubs leave some out
+from numba.extending import intrinsic
 
 _U0 = np.uint64(0)
 _U1 = np.uint64(1)
@@ -33,6 +34,27 @@ _BYTE = np.uint64(0x0101010101010101)
 _ROW = 264
 """Words between two rows of scratch: one number for all, so that the compiler knows that rows do not overlap; rows
 are whole cache lines, and the same place in two of them does not fall into the same set of the cache."""
+
+
+def _as_pointer(typing_context: Any, address: Any) -> Any:
+    """Return an address, a uint64, as a pointer; what lies there must outlive its use."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.uint64), codegen
+
+
+_pointer: Any = intrinsic(_as_pointer)
+
+
+@njit(cache=True, nogil=True)
+def _gather(columns: Any, start: int, n: int, ids: Any) -> None:
+    """Copy one run out of the rank columns, see :func:`scan`, into the first n columns of ``ids[k, tokens]``."""
+    for r in range(columns.shape[0]):
+        column = carray(_pointer(columns[r] + np.uint64(start * ids.itemsize)), (n,), ids.dtype)
+        for t in range(np.uint64(n)):
+            ids[r, t] = column[t]
 
 
 def word_bits(max_lag: int, max_window: int) -> int:
@@ -60,23 +82,13 @@ def _popcount(x: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _history(
-    ids: Any,
-    start: int,
-    begin: int,
-    end: int,
-    delay: int,
-    bits: int,
-    words: Any,
-    table: Any,
-    counts: Any,
-) -> None:
+def _history(ids: Any, begin: int, end: int, delay: int, bits: int, words: Any, table: Any, counts: Any) -> None:
     """Write the history word of every routed expert of tokens ``begin .. end - 1``.
 
     Parameters
     ----------
     ids
-        Routed experts ``[k, rows]``; token t of the run is column ``start + t``.
+        Routed experts of the run, ``[k, tokens]``.
     delay
         Lags ``delay + 1 .. delay + bits`` are recorded.
     words
@@ -94,7 +106,6 @@ def _history(
     k = np.uint64(ids.shape[0])
     n_experts = np.uint64(counts.shape[0])
     base = np.uint64(delay) // past * n_experts
-    first = np.uint64(start)
     lag = np.uint64(delay)
     t = np.uint64(begin)
     stop = np.uint64(end)
@@ -115,16 +126,16 @@ def _history(
             column = now - np.uint64(begin)
             if lag == _U0:
                 for r in range(k):
-                    at = base + np.uint64(ids[r, first + now])
+                    at = base + np.uint64(ids[r, now])
                     uses = table[at]
                     words[r * row + column] = uses >> step
                     table[at] = uses | mark
             else:
                 for r in range(k):
-                    words[r * row + column] = table[base + np.uint64(ids[r, first + now])] >> step
+                    words[r * row + column] = table[base + np.uint64(ids[r, now])] >> step
                 if now >= lag:
                     for r in range(k):
-                        table[base + np.uint64(ids[r, first + now - lag])] |= mark
+                        table[base + np.uint64(ids[r, now - lag])] |= mark
         t += epoch
 
 
@@ -355,9 +366,9 @@ def _carry_uses(words: Any, k: int, n: int, seen: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _rank0_history(ids: Any, start: int, begin: int, end: int, delay: int, bits: int, lags: int, words: Any) -> None:
+def _rank0_history(ids: Any, begin: int, end: int, delay: int, bits: int, lags: int, words: Any) -> None:
     """Write history words as :func:`_history` does, of the rank-0 experts among themselves, for ``lags`` lags."""
-    first = np.uint64(start + begin)
+    first = np.uint64(begin)
     for i in range(np.uint64(end - begin)):
         words[i] = 0
     for d in range(1, lags + 1):
@@ -429,7 +440,7 @@ class Sums(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def _scan_chunk(
-    ids: Any, start: int, n: int, begin: int, end: int, delay: int, bits: int, overlapping: bool, s: Any, sums: Any
+    ids: Any, n: int, begin: int, end: int, delay: int, bits: int, overlapping: bool, s: Any, sums: Any
 ) -> None:
     """Add the tokens ``begin .. end - 1`` of one run, at the lags ``delay + 1 .. delay + bits``."""
     k, n_planes = ids.shape[0], 1
@@ -440,9 +451,9 @@ def _scan_chunk(
     for r in range(k):
         s.words[r * _ROW + n_words - 1] = _U0  # what lies after the last token
     if bits == 16:
-        _history(ids, start, begin, end, delay, bits, s.words16, s.table, sums.counts)
+        _history(ids, begin, end, delay, bits, s.words16, s.table, sums.counts)
     else:
-        _history(ids, start, begin, end, delay, bits, s.words32, s.table, sums.counts)
+        _history(ids, begin, end, delay, bits, s.words32, s.table, sums.counts)
     if max_lag > delay:
         _sum_planes(s.words, k, n_words, n_planes, s.planes, s.carry)
         _add_overlaps(s.planes, n_planes, n_words, bits, delay, s.carry, s.lags, sums.overlaps)
@@ -461,9 +472,9 @@ def _scan_chunk(
         n_lags = min(bits, max_lag - delay)
         s.words[n_words - 1] = _U0
         if bits == 16:
-            _rank0_history(ids, start, begin, end, delay, bits, n_lags, s.words16)
+            _rank0_history(ids, begin, end, delay, bits, n_lags, s.words16)
         else:
-            _rank0_history(ids, start, begin, end, delay, bits, n_lags, s.words32)
+            _rank0_history(ids, begin, end, delay, bits, n_lags, s.words32)
         s.lags[:] = 0
         _add_bit_counts(s.words, 0, n_words, bits, 1, s.lags)
         for d in range(n_lags):
@@ -471,8 +482,8 @@ def _scan_chunk(
 
 
 @njit(cache=True, nogil=True)
-def _scan_run(ids: Any, start: int, n: int, bits: int, overlapping: bool, s: Any, sums: Any) -> None:
-    """Add one run, columns ``start .. start + n - 1`` of ``ids[k, rows]``."""
+def _scan_run(ids: Any, n: int, bits: int, overlapping: bool, s: Any, sums: Any) -> None:
+    """Add one run, the first n columns of ``ids[k, tokens]``."""
     k, reach = ids.shape[0], max(sums.overlaps.shape[0], sums.unions.shape[0] - 1)
     s.table[:] = _U0
     sums.used[:] = 0
@@ -480,20 +491,20 @@ def _scan_run(ids: Any, start: int, n: int, bits: int, overlapping: bool, s: Any
     for begin in range(0, n, chunk):
         s.seen[:] = False
         for delay in range(0, reach, bits):
-            _scan_chunk(ids, start, n, begin, min(n, begin + chunk), delay, bits, overlapping, s, sums)
+            _scan_chunk(ids, n, begin, min(n, begin + chunk), delay, bits, overlapping, s, sums)
     if reach:  # the uses of the last epoch are still in the table
         for e in range(sums.counts.shape[0]):
             sums.counts[e] += _popcount(s.table[e] >> np.uint64(bits))
     else:
         for r in range(k):
-            for t in range(start, start + n):
+            for t in range(n):
                 sums.counts[ids[r, t]] += 1
     _finish_windows(k, n, overlapping, sums.used, sums.head, sums.tail, sums.unions)
 
 
 @njit(cache=True, nogil=True)
 def _scan_run_experts(
-    ids: Any, start: int, n: int, overlapping: bool, cell: Any, layer: Any, expert_windows: Any, last: Any, gaps: Any
+    ids: Any, n: int, overlapping: bool, cell: Any, layer: Any, expert_windows: Any, last: Any, gaps: Any
 ) -> None:
     """Count the windows of one run as :func:`scan_experts` does.
 
@@ -507,12 +518,12 @@ def _scan_run_experts(
     last[:] = -1
     for t in range(middle):
         for r in range(ids.shape[0]):
-            e = np.uint64(ids[r, start + t])
+            e = np.uint64(ids[r, t])
             gaps[min(t - last[e], longest) - 1, e] += 1
             last[e] = t
     for t in range(middle, n):
         for r in range(ids.shape[0]):
-            e = np.uint64(ids[r, start + t])
+            e = np.uint64(ids[r, t])
             gap = t - last[e]
             last[e] = t
             if overlapping:
@@ -528,7 +539,7 @@ def _scan_run_experts(
 
 @njit(cache=True, nogil=True)
 def scan_experts(
-    ids: Any,
+    columns: Any,
     first_run: int,
     end_run: int,
     run_start: Any,
@@ -537,6 +548,7 @@ def scan_experts(
     cell: Any,
     layer: Any,
     expert_windows: Any,
+    ids: Any,
     last: Any,
     gaps: Any,
 ) -> None:
@@ -544,18 +556,22 @@ def scan_experts(
 
     Parameters
     ----------
-    ids, run_start, run_length, overlapping
+    columns, run_start, run_length, overlapping
         As :func:`scan` takes them.
     first_run, end_run
         First run of the unit and one past its last.
     expert_windows
         ``[cells, L, T, N]`` int64.
+    ids
+        Scratch: ``[k, tokens]`` of the columns' dtype, for the longest run.
     last, gaps
         Scratch, ``[N]`` and ``[T, N]`` int64.
     """
     gaps[:] = 0
     for run in range(first_run, end_run):
-        _scan_run_experts(ids, run_start[run], run_length[run], overlapping, cell, layer, expert_windows, last, gaps)
+        n = run_length[run]
+        _gather(columns, run_start[run], n, ids)
+        _scan_run_experts(ids, n, overlapping, cell, layer, expert_windows, last, gaps)
     # An occurrence at distance g adds min(g, T) windows: one for each distance up to T that g reaches.
     longest = gaps.shape[0]
     for g in range(longest - 2, -1, -1):
@@ -595,6 +611,7 @@ def _coincidence(tokens: float, used: Any) -> float:
 
 @njit(cache=True, nogil=True)
 def scan(
+    columns: Any,
     ids: Any,
     units: Any,
     unit_runs: Any,
@@ -621,8 +638,11 @@ def scan(
 
     Parameters
     ----------
+    columns
+        ``[k]`` uint64: addresses of the rank columns, whose rows are uint8 or uint16. A run at a time is copied from
+        there, so that the columns of a part need not be copied as a whole.
     ids
-        Routed experts ``[k, rows]``, uint8 or uint16.
+        Scratch for it: ``[k, tokens]`` of the columns' dtype, for the longest run.
     units
         ``[U, 3]`` int64: layer index, cell and count cell of each unit (the rows of the state it adds to).
     unit_runs
@@ -648,7 +668,7 @@ def scan(
     """
     # A unit is summed up in scratch of its own and added to the state at its end. The loops below make no views of
     # the arrays that threads share: each would count its references in one place, and the cores would wait for it.
-    k, num_experts = ids.shape[0], counts.shape[2]
+    k, num_experts = columns.shape[0], counts.shape[2]
     max_window, max_lag = union_sum.shape[2], n_pairs.shape[2]
     per_expert = expert_windows.shape[0] > 0
     blocks = (max(max_lag, max_window - 1) + bits - 1) // bits
@@ -694,10 +714,11 @@ def scan(
                 unit_windows[i] += n - i if overlapping else n // (i + 1)
             for i in range(min(max_lag, n - 1)):
                 unit_pairs[i] += n - 1 - i
-            _scan_run(ids, start, n, bits, overlapping, s, sums)
+            _gather(columns, start, n, ids)
+            _scan_run(ids, n, bits, overlapping, s, sums)
         if per_expert:
             scan_experts(
-                ids,
+                columns,
                 unit_runs[u, 0],
                 unit_runs[u, 1],
                 run_start,
@@ -706,6 +727,7 @@ def scan(
                 cell,
                 layer,
                 expert_windows,
+                ids,
                 last,
                 gaps,
             )

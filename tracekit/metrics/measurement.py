@@ -20,7 +20,7 @@ from tracekit.schema import BASELINES, TraceMeta
 if TYPE_CHECKING:
     import polars as pl
 
-    from tracekit.store import Block
+    from tracekit.store import Columns
 
 
 class Measurement:
@@ -31,7 +31,7 @@ class Measurement:
         meta: TraceMeta,
         requests: pl.DataFrame,
         spec: Spec,
-        blocks: Iterable[Block],
+        blocks: Iterable[Columns],
         threads: int,
         jackknife_groups: Mapping[str, int] | None = None,
     ) -> None:

@@ -23,7 +23,7 @@ from tracekit.schema import GROUPINGS, PHASES, By, Phase, TraceMeta
 if TYPE_CHECKING:
     import polars as pl
 
-    from tracekit.store import Block
+    from tracekit.store import Block, Columns
 
 MAX_GROUPS = 200
 """Jackknife groups at most; more requests than that are dealt out in the order of a hash of their ids."""
@@ -340,7 +340,7 @@ class Accumulator:
         for future in running:
             future.result()
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Columns) -> None:
         """Accumulate one block; returns while it is being worked on, but not before the one before it is done."""
         request, layer, start, length, part = self._cut(block)
         if not len(request):
@@ -358,7 +358,8 @@ class Accumulator:
             mine = task_of == task
             with self._tasks[task]:  # the block before may still be at these layers
                 self._scan(
-                    block.ids,
+                    block.addresses(),
+                    block.scratch(length),
                     np.ascontiguousarray(units[mine]),
                     np.ascontiguousarray(unit_runs[mine]),
                     start,
@@ -370,7 +371,7 @@ class Accumulator:
                 if self.distinct:
                     mine = task_of_run == task
                     runs = request[mine], self._layer_index[layer[mine]], start[mine], length[mine]
-                    self.distinct.add(block.ids, *runs)
+                    self.distinct.add(block, *runs)
 
         running = [self._pool.submit(work, task) for task in range(len(self._tasks))]
         self._wait()
@@ -391,7 +392,7 @@ class PhaseRuns:
         self._decode_start = requests["decode_start"].cast(int).fill_null(-1).to_numpy().astype(np.int64)
         self._phase, self._cell = phase, cells.cell
 
-    def __call__(self, block: Block) -> tuple[NDArray[np.int64], ...]:
+    def __call__(self, block: Block | Columns) -> tuple[NDArray[np.int64], ...]:
         """Return request, layer, start, n and part of each run, ordered by request, layer, part, position."""
         runs = block.runs
         request, layer, row, pos, n = (runs[c] for c in ("request", "layer", "row", "pos", "n"))
@@ -406,9 +407,12 @@ class PhaseRuns:
             pieces.append((request, layer, row + before, after, np.ones_like(n), pos))
         joined = [np.concatenate(columns) for columns in zip(*pieces, strict=True)]
         keep = (joined[3] > 0) & (self._cell[joined[0]] >= 0)
-        joined = [column[keep] for column in joined]
-        order = np.lexsort((joined[5], joined[4], joined[1], joined[0]))
-        return tuple(np.ascontiguousarray(column[order]) for column in joined[:5])
+        if not keep.all():
+            joined = [column[keep] for column in joined]
+        if len(pieces) > 1:  # else they are as the block's runs are
+            order = np.lexsort((joined[5], joined[4], joined[1], joined[0]))
+            joined = [column[order] for column in joined]
+        return tuple(joined[:5])
 
 
 def together(*keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

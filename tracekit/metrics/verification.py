@@ -26,7 +26,7 @@ from tracekit.schema import Phase, TraceMeta
 if TYPE_CHECKING:
     import polars as pl
 
-    from tracekit.store import Block
+    from tracekit.store import Columns
     from tracekit.store.steps import StepRows
 
 Floats = NDArray[np.float64]
@@ -232,7 +232,7 @@ class Verification:
         requests: pl.DataFrame,
         spec: Spec,
         batches: Iterable[StepRows],
-        blocks: Callable[[], Iterable[Block]],
+        blocks: Callable[[], Iterable[Columns]],
         threads: int,
     ) -> None:
         """Read the steps once; the routing is read when it is asked for.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +26,63 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Routing rows of some whole requests, or of some layers of one."""
+Runs = dict[str, NDArray[np.int64]]
+"""Runs of consecutive positions: ``row`` (the first of their rows), ``request``, ``layer``, ``pos``, ``n``; ordered by
+request, layer, pos."""
 
-    ids: NDArray[np.unsignedinteger[Any]]
-    """Routed experts ``[k, rows]``."""
-    runs: dict[str, NDArray[np.int64]]
-    """Runs of consecutive positions: ``row`` (first column of ``ids``), ``request``, ``layer``, ``pos``, ``n``;
-    ordered by request, layer, pos."""
-    weights: NDArray[np.float32] | None = None
-    """Router weights ``[k, rows]``, where they were asked for; NaN where the source has none."""
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Routing rows of some whole requests, or of some layers of one, as the store's columns hold them."""
+
+    columns: tuple[NDArray[np.unsignedinteger[Any]], ...]
+    """Routed experts, k columns ``[rows]``."""
+    runs: Runs
+
+    def addresses(self) -> NDArray[np.uint64]:
+        """Return where each column begins in memory, ``[k]``: valid as long as this object is there."""
+        return np.array([column.__array_interface__["data"][0] for column in self.columns], np.uint64)
+
+    def scratch(self, lengths: NDArray[np.int64]) -> NDArray[np.unsignedinteger[Any]]:
+        """Return room for the ids of any run of these lengths, ``[k, tokens]``."""
+        return np.empty((len(self.columns), lengths.max(initial=0)), self.columns[0].dtype)
 
     def fits(self, trace: TraceInfo) -> bool:
         """Return whether ids, rows, requests and layers are within the trace: kernels do not check bounds."""
         runs, meta = self.runs, trace.meta
+        dtype, rows = self.columns[0].dtype, len(self.columns[0])
+        keys = (runs["request"], runs["layer"], runs["pos"])
         return bool(
-            (meta.num_experts > np.iinfo(self.ids.dtype).max or self.ids.max(initial=0) < meta.num_experts)
+            all(column.dtype == dtype and len(column) == rows and column.flags.c_contiguous for column in self.columns)
+            and (
+                meta.num_experts > np.iinfo(dtype).max or max(c.max(initial=0) for c in self.columns) < meta.num_experts
+            )
             and min(column.min(initial=0) for column in runs.values()) >= 0
-            and ((runs["row"] + runs["n"]).max(initial=0) <= self.ids.shape[1])
-            and (runs["request"].max(initial=0) < trace.requests)
+            and (runs["row"] + runs["n"]).max(initial=0) <= rows
+            and runs["request"].max(initial=0) < trace.requests
             and np.isin(np.unique(runs["layer"]), meta.layers).all()
+            and _ascending(*keys)
         )
+
+
+def _ascending(*keys: NDArray[np.int64]) -> bool:
+    """Return whether rows are in the order of their keys, the first one first."""
+    *before, last = keys
+    fine = last[1:] > last[:-1]
+    for key in reversed(before):
+        fine = (key[1:] > key[:-1]) | (fine & (key[1:] == key[:-1]))
+    return bool(fine.all())
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Routing rows of some whole requests, or of some layers of one, in one array."""
+
+    ids: NDArray[np.unsignedinteger[Any]]
+    """Routed experts ``[k, rows]``."""
+    runs: Runs
+    weights: NDArray[np.float32] | None = None
+    """Router weights ``[k, rows]``, where they were asked for; NaN where the source has none."""
 
 
 class Store:
@@ -126,8 +162,12 @@ class Store:
                 )
         return pl.concat(frames)
 
+    def columns(self, trace: TraceInfo) -> Iterator[Columns]:
+        """Return the trace's routing rows part by part; the next is made ready while one is worked on."""
+        return ahead(part for part, _ in self._parts(trace, weights=False))
+
     def blocks(self, trace: TraceInfo, *, weights: bool = False) -> Iterator[Block]:
-        """Return the trace's routing rows part by part; the next is made ready while one is worked on.
+        """Return the trace's routing rows part by part, as arrays; the next is made ready while one is worked on.
 
         The ids and weights of a block are overwritten after the next two: copy what is to be kept.
 
@@ -139,43 +179,52 @@ class Store:
         return ahead(self._blocks(trace, weights))
 
     def _blocks(self, trace: TraceInfo, weighted: bool) -> Iterator[Block]:
+        k = trace.meta.top_k
+        # Buffers take turns, for fresh memory for every part would cost as much as decoding it: one is being filled,
+        # and the two blocks before it are being worked on.
+        size = k * max((rows for s in trace.segments for rows in s.parts), default=0)
+        dtypes = (id_dtype(trace.meta.num_experts), np.float32)[: 1 + weighted]
+        buffers = cycle([[np.empty(size, dtype) for dtype in dtypes] for _ in range(3)])
+        for (part, weights), turn in zip(self._parts(trace, weights=weighted), buffers, strict=False):
+            rows = len(part.columns[0])
+            held = [buffer[: k * rows].reshape(k, rows) for buffer in turn]
+            for columns, array in zip((part.columns, weights), held, strict=False):
+                np.stack(columns, out=array)
+            yield Block(held[0], part.runs, held[1] if weighted else None)
+
+    def _parts(self, trace: TraceInfo, *, weights: bool) -> Iterator[tuple[Columns, tuple[NDArray[np.float32], ...]]]:
+        """Yield the rows of each part file, checked, and the k columns of their weights where those are wanted."""
         import polars as pl
 
         k = trace.meta.top_k
-        columns = [f"{letter}{r}" for letter in ("ew" if weighted else "e") for r in range(k)]
+        columns = [f"{letter}{r}" for letter in ("ew" if weights else "e") for r in range(k)]
+        dtypes = [pl.Series(np.empty(0, id_dtype(trace.meta.num_experts))).dtype] * k + [pl.Float32] * k
         parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
         if not parts:  # a trace of counts
             return
         paths = [self._path(s, part_name(i)) for s, i in parts]
         runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
-        rows = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
-        # Buffers take turns, for fresh memory for every part would cost as much as decoding it: one is being filled,
-        # and the two blocks before it are being worked on.
-        size = k * max((s.parts[i] for s, i in parts), default=0)
-        dtypes = (id_dtype(trace.meta.num_experts), np.float32)
-        buffers = [[np.empty(size, dtype) for dtype in dtypes[: 1 + weighted]] for _ in range(3)]
-        for turn, ((segment, part), path) in enumerate(zip(parts, paths, strict=True)):
-            expected, filled = segment.parts[part], 0
-            held = [buffer[: k * expected].reshape(k, expected) for buffer in buffers[turn % 3]]
-            while filled < expected:  # one row group a part, so this is one batch
+        batches = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
+        for (segment, part), path in zip(parts, paths, strict=True):
+            expected, frames = segment.parts[part], list[pl.DataFrame]()
+            while sum(frame.height for frame in frames) < expected:  # one row group a part, so this is one batch
                 try:
-                    frame = next(rows)
+                    frames.append(next(batches))
                 except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
                     raise unreadable(path, error) from None
-                types = [pl.Series(values[0, :0]).dtype for values in held for _ in range(k)]
-                if filled + frame.height > expected or frame.dtypes != types:
-                    raise unreadable(path, f"it does not have the {expected} rows of {held[0].dtype} that it should")
-                for i, column in enumerate(columns):
-                    held[i // k][i % k, filled : filled + frame.height] = frame[column].to_numpy()
-                filled += frame.height
+            frame = pl.concat(frames).rechunk()
+            if frame.height != expected or frame.dtypes != dtypes[: len(columns)] or any(frame.null_count().row(0)):
+                raise unreadable(path, f"it does not have the {expected} rows of {dtypes[0]} that it should")
             here = runs[segment.id].get((part,))
             if here is None:
                 raise unreadable(path, "runs.parquet says nothing of it")
-            runs_here = {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
-            block = Block(held[0], runs_here, held[1] if weighted else None)
-            if not block.fits(trace):
+            arrays = tuple(frame[column].to_numpy() for column in columns)
+            read = Columns(
+                arrays[:k], {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
+            )
+            if not read.fits(trace):
                 raise unreadable(path, "its ids or runs are outside what the manifest says")
-            yield block
+            yield read, arrays[k:]
 
     def counts(self, trace: TraceInfo, groups: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens per expert of a trace of counts, summed over groups of its requests.

@@ -481,11 +481,25 @@ class _Block:
         return runs.reshape(-1, 6)
 
 
+class _Buffers:
+    """Memory for the columns of a part. It is used again, for touching fresh memory costs as much as encoding it."""
+
+    def __init__(self, meta: TraceMeta, rows: int) -> None:
+        self.ids = np.empty((meta.top_k, rows), id_dtype(meta.num_experts))
+        self.request, self.pos = np.empty(rows, np.uint32), np.empty(rows, np.uint32)
+        self.layer, self.decode = np.empty(rows, np.uint16), np.empty(rows, np.bool_)
+
+    @property
+    def rows(self) -> int:
+        return len(self.pos)
+
+
 class _Part:
     """The rows of a part file, in the layout of the file: one contiguous column per rank."""
 
-    def __init__(self, ids: NDArray[np.unsignedinteger[Any]]) -> None:
-        self.ids = ids
+    def __init__(self, buffers: _Buffers) -> None:
+        self.buffers = buffers
+        self.ids = buffers.ids
         """``[k, >= rows]``."""
         self.weights: NDArray[np.float32] | None = None
         self.blocks: list[_Block] = []
@@ -506,13 +520,22 @@ class _Part:
         """Write the file and return the digest of its ids and weights."""
         import polars as pl
 
-        rows = [b.rows for b in self.blocks]
         columns: dict[str, Any] = {
-            "request": np.repeat(np.array([b.request for b in self.blocks], np.uint32), rows),
-            "layer": np.concatenate([np.repeat(b.layers, len(b.positions)) for b in self.blocks]),
-            "pos": np.concatenate([np.tile(b.positions.astype(np.uint32), len(b.layers)) for b in self.blocks]),
-            "decode": pl.concat([_decode_column(b) for b in self.blocks]),
+            name: getattr(self.buffers, name)[: self.rows] for name in ("request", "layer", "pos", "decode")
         }
+        row = 0
+        for block in self.blocks:
+            request, layer, pos, decode = (
+                column[row : row + block.rows].reshape(len(block.layers), len(block.positions))
+                for column in columns.values()
+            )
+            request[:], layer[:], pos[:] = block.request, block.layers[:, None], block.positions
+            decode[:] = block.decode_start is not None and block.positions >= block.decode_start
+            row += block.rows
+        known = [block.decode_start is not None for block in self.blocks]
+        if not all(known):
+            there = pl.Series(np.repeat(known, [block.rows for block in self.blocks]))
+            columns["decode"] = pl.select(pl.when(there).then(pl.Series(columns["decode"]))).to_series()
         digest = hashlib.sha256()
         for letter, values in (("e", self.ids), ("w", self.weights)):
             for rank, column in enumerate(() if values is None else values[:, : self.rows]):
@@ -542,8 +565,8 @@ class _SegmentWriter:
     base: TraceInfo | None
     tokens: int = 0
     _part: _Part | None = None
-    _spare: list[NDArray[Any]] = field(default_factory=list)
-    """Buffers of parts that are written, to be used again."""
+    _spare: list[_Buffers] = field(default_factory=list)
+    """Those of parts that are written, to be used again."""
     _parts: list[int] = field(default_factory=list)
     _pending: list[Future[str]] = field(default_factory=list)
     _digests: list[str] = field(default_factory=list)
@@ -592,7 +615,7 @@ class _SegmentWriter:
                 self._flush()
             numbers = np.array(self.meta.layers[low : low + layers_a_part], np.uint16)
             if self._part is None:
-                self._part = _Part(self._buffer(max(PART_ROWS, tokens)))
+                self._part = _Part(self._buffers(max(PART_ROWS, tokens)))
             self._part.add(_Block(index, positions, request.decode_start, numbers), request, low)
         self._has_weights |= request.weights is not None
         self._request_rows.append(
@@ -700,13 +723,13 @@ class _SegmentWriter:
         self._known.add(request_id)
         return request_id
 
-    def _buffer(self, rows: int) -> NDArray[Any]:
-        """Return a buffer ``[k, >= rows]`` for a part's ids."""
+    def _buffers(self, rows: int) -> _Buffers:
+        """Return buffers for the columns of a part of that many rows."""
         with contextlib.suppress(IndexError):  # writers put buffers back at any time
-            buffer = self._spare.pop()
-            if buffer.shape[1] >= rows:
-                return buffer
-        return np.empty((self.meta.top_k, rows), id_dtype(self.meta.num_experts))
+            buffers = self._spare.pop()
+            if buffers.rows >= rows:
+                return buffers
+        return _Buffers(self.meta, rows)
 
     def _flush(self) -> None:
         """Hand the part to a writer; wait if both are busy, so that memory stays bounded."""
@@ -724,7 +747,7 @@ class _SegmentWriter:
 
     def _write(self, part: _Part, path: Path) -> str:
         digest = part.write(path)
-        self._spare.append(part.ids)
+        self._spare.append(part.buffers)
         return digest
 
 
@@ -742,14 +765,6 @@ def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
 def _label_columns(request: Request | Histogram) -> dict[str, str | None]:
     labels = json.dumps(dict(request.labels), ensure_ascii=False) if request.labels else None
     return {"label": request.label, "labels": labels}
-
-
-def _decode_column(block: _Block) -> pl.Series:
-    import polars as pl
-
-    if block.decode_start is None:
-        return pl.repeat(None, block.rows, dtype=pl.Boolean, eager=True)
-    return pl.Series("decode", np.tile(block.positions >= block.decode_start, len(block.layers)))
 
 
 def _request_ids(root: Path, trace: TraceInfo) -> set[str]:
