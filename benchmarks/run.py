@@ -193,7 +193,7 @@ def library(store: str | Path, *, intervals: bool, rank0: bool = True) -> Measur
     trace = opened.trace()
     meta = replace(trace.meta, router_order=trace.meta.router_order if rank0 else None)
     spec = Spec("decode", max_window=MAX_WINDOW, max_lag=MAX_LAG, intervals=intervals)
-    measured = Measurement(meta, opened.requests(trace), spec, opened.columns(trace), threads())
+    measured = Measurement.read(meta, opened.requests(trace), spec, opened.columns(trace), threads())
     measured.windows()
     measured.autocorr()
     measured.load()

@@ -61,7 +61,7 @@ def measured(
     meta = TraceMeta(num_experts, k, layers, "test", router_order=router_order)
     half = len(requests) // 2
     blocks = [block_of(requests, part, layers) for part in (range(half), range(half, len(requests))) if len(part)]
-    return Measurement(meta, frame_of(requests), spec, blocks, threads)
+    return Measurement.read(meta, frame_of(requests), spec, blocks, threads)
 
 
 @st.composite

@@ -272,7 +272,7 @@ def _headlines(
             side.phase, max_window=window, max_lag=max(lags), batches=bool(batch_sizes), intervals=intervals, seed=seed
         )
         columns = side.store.columns(side.info)
-        measured.append(Measurement(side.info.meta, side.requests, spec, columns, threads(), groups))
+        measured.append(Measurement.read(side.info.meta, side.requests, spec, columns, threads(), groups))
     label = all(label_resolved(m, window) for m in measured)
     x, y = (headline(m, window, batch_sizes, lags, label=label) for m in measured)
     if a.info.meta.drafts_included and b.info.meta.drafts_included:

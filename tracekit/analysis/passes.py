@@ -31,7 +31,7 @@ def routing(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -
 
     if info.meta.histogram:
         return Counted(info.meta, requests, spec, partial(store.counts, info))
-    return Measurement(info.meta, requests, spec, store.columns(info), threads())
+    return Measurement.read(info.meta, requests, spec, store.columns(info), threads())
 
 
 def weights(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:

@@ -85,7 +85,7 @@ def measure(
     )
     for note in caveats(requests, spec):
         warnings.warn(note, TracekitWarning, stacklevel=2)
-    return Measurement(info.meta, requests, spec, store.columns(info), threads())
+    return Measurement.read(info.meta, requests, spec, store.columns(info), threads())
 
 
 def windows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from tracekit.metrics.intervals import Interval, jackknife
 from tracekit.metrics.ladder import ladder, ladders
 from tracekit.metrics.load import balance
 from tracekit.metrics.replicates import Replicates, layer_mean, output_groups
-from tracekit.metrics.state import MIN_REQUESTS, Accumulator, Cells, Spec
+from tracekit.metrics.state import MIN_REQUESTS, Cells, Spec, Sums, accumulate
 from tracekit.schema import BASELINES, TraceMeta
 
 if TYPE_CHECKING:
@@ -29,19 +29,25 @@ class Measurement:
     def __init__(
         self,
         meta: TraceMeta,
+        spec: Spec,
+        sums: Sums,
+    ) -> None:
+        self.meta, self.spec = meta, spec
+        self.cells, self.state = sums.cells, sums.state
+        self._longest_run, self._distinct = sums.longest_run, sums.distinct
+
+    @classmethod
+    def read(
+        cls,
+        meta: TraceMeta,
         requests: pl.DataFrame,
         spec: Spec,
         blocks: Iterable[Columns],
         threads: int,
         jackknife_groups: Mapping[str, int] | None = None,
-    ) -> None:
-        """Read ``blocks`` once; ``requests`` are the trace's requests in order, for the rest see ``Cells.assign``."""
-        self.meta, self.spec = meta, spec
-        with Accumulator(meta, spec, requests, threads, jackknife_groups) as accumulator:
-            for block in blocks:
-                accumulator.add(block)
-        self.cells, self.state = accumulator.cells, accumulator.state
-        self._longest_run, self._distinct = accumulator.longest_run, accumulator.distinct
+    ) -> Self:
+        """Read ``blocks`` once; for the rest see :func:`tracekit.metrics.state.accumulate`."""
+        return cls(meta, spec, accumulate(meta, requests, spec, blocks, threads, jackknife_groups))
 
     def windows(self, batch_sizes: Iterable[int] = (1,), *, distinct: bool = False) -> pl.DataFrame:
         """Return unique experts per verification window: one row per group, batch size and window length.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from threading import Lock
@@ -23,6 +23,7 @@ from tracekit.schema import GROUPINGS, PHASES, By, Phase, TraceMeta
 if TYPE_CHECKING:
     import polars as pl
 
+    from tracekit.metrics.batches import DistinctBatches
     from tracekit.store import Block, Columns
 
 MAX_GROUPS = 200
@@ -296,6 +297,56 @@ class State:
             getattr(self, field.name).__iadd__(getattr(other, field.name))
 
 
+@dataclass(slots=True)
+class Sums:
+    """What a pass over some of a trace's rows adds up to; passes over other rows of the same trace are merged."""
+
+    cells: Cells
+    state: State
+    longest_run: NDArray[np.int64]
+    """``[requests]`` tokens of each request's longest run: with fewer it has no window of that length."""
+    distinct: DistinctBatches | None
+    """Batches of distinct requests, where they are wanted."""
+
+    def merge(self, other: Sums) -> None:
+        """Add those of other rows: counts are exact in any order, expectations but for rounding.
+
+        Raises
+        ------
+        UsageError
+            Batches of distinct requests are wanted, whose recursion takes the requests one by one.
+        """
+        if self.distinct or other.distinct:
+            raise UsageError("batches of distinct requests", expected="one pass: they cannot be merged")
+        self.state.merge(other.state)
+        np.maximum(self.longest_run, other.longest_run, out=self.longest_run)
+
+
+def accumulate(
+    meta: TraceMeta,
+    requests: pl.DataFrame,
+    spec: Spec,
+    columns: Iterable[Columns],
+    threads: int,
+    jackknife_groups: Mapping[str, int] | None = None,
+) -> Sums:
+    """Read routing rows once and return their sums.
+
+    Parameters
+    ----------
+    requests
+        All of the trace's requests in order, whichever of them the rows belong to.
+    columns
+        The rows: a request's rows of one layer must be in one piece.
+    jackknife_groups
+        See :meth:`Cells.assign`.
+    """
+    with Accumulator(meta, spec, requests, threads, jackknife_groups) as accumulator:
+        for piece in columns:
+            accumulator.add(piece)
+    return accumulator.sums
+
+
 class Accumulator:
     """Adds blocks of routing rows to a state, layers in parallel."""
 
@@ -313,7 +364,6 @@ class Accumulator:
         self.cells = Cells.assign(requests, spec, jackknife_groups)
         self.state = State.empty(meta, spec, self.cells)
         self.longest_run = np.zeros(requests.height, np.int64)
-        """``[requests]`` tokens of each request's longest run: with fewer it has no window of that length."""
         self.distinct = batches.DistinctBatches(meta, spec, self.cells) if spec.distinct_batch else None
         self._cut = PhaseRuns(requests, spec.phase, self.cells)
         self._layer_index = layer_index(meta)
@@ -339,6 +389,11 @@ class Accumulator:
         running, self._running = self._running, []
         for future in running:
             future.result()
+
+    @property
+    def sums(self) -> Sums:
+        """Return what has been added, once the accumulator is closed."""
+        return Sums(self.cells, self.state, self.longest_run, self.distinct)
 
     def add(self, block: Columns) -> None:
         """Accumulate one block; returns while it is being worked on, but not before the one before it is done."""

@@ -261,7 +261,7 @@ class Verification:
         """Return what steps load: one row per group and length W of step, and one over all lengths (null)."""
         windows = np.array(sorted(self.sums.by_window))
         spec = replace(self.spec, max_window=int(min(windows[-1], LONGEST_WINDOW)))
-        committed = Measurement(self.meta, self._requests, spec, self._blocks(), self._threads)
+        committed = Measurement.read(self.meta, self._requests, spec, self._blocks(), self._threads)
         rows: list[dict[str, Any]] = []
         for r, groups in output_groups(self.meta, spec, self.cells, committed.state):
             rungs = {name: _at_lengths(rung, windows) for name, rung in ladder(r).items()}

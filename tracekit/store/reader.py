@@ -162,9 +162,16 @@ class Store:
                 )
         return pl.concat(frames)
 
-    def columns(self, trace: TraceInfo) -> Iterator[Columns]:
-        """Return the trace's routing rows part by part; the next is made ready while one is worked on."""
-        return ahead(part for part, _ in self._parts(trace, weights=False))
+    def columns(self, trace: TraceInfo, parts: range | None = None) -> Iterator[Columns]:
+        """Return the trace's routing rows part by part; the next is made ready while one is worked on.
+
+        Parameters
+        ----------
+        parts
+            Which of the trace's part files, counted over its segments; default: all. A request's rows of one layer are
+            in one part.
+        """
+        return ahead(part for part, _ in self._parts(trace, weights=False, chosen=parts))
 
     def blocks(self, trace: TraceInfo, *, weights: bool = False) -> Iterator[Block]:
         """Return the trace's routing rows part by part, as arrays; the next is made ready while one is worked on.
@@ -192,7 +199,9 @@ class Store:
                 np.stack(columns, out=array)
             yield Block(held[0], part.runs, held[1] if weighted else None)
 
-    def _parts(self, trace: TraceInfo, *, weights: bool) -> Iterator[tuple[Columns, tuple[NDArray[np.float32], ...]]]:
+    def _parts(
+        self, trace: TraceInfo, *, weights: bool, chosen: range | None = None
+    ) -> Iterator[tuple[Columns, tuple[NDArray[np.float32], ...]]]:
         """Yield the rows of each part file, checked, and the k columns of their weights where those are wanted."""
         import polars as pl
 
@@ -200,10 +209,13 @@ class Store:
         columns = [f"{letter}{r}" for letter in ("ew" if weights else "e") for r in range(k)]
         dtypes = [pl.Series(np.empty(0, id_dtype(trace.meta.num_experts))).dtype] * k + [pl.Float32] * k
         parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
-        if not parts:  # a trace of counts
+        if chosen is not None:
+            parts = parts[chosen.start : chosen.stop : chosen.step]
+        if not parts:  # a trace of counts, perhaps
             return
         paths = [self._path(s, part_name(i)) for s, i in parts]
-        runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in trace.segments}
+        segments = {s.id: s for s, _ in parts}.values()
+        runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in segments}
         batches = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
         for (segment, part), path in zip(parts, paths, strict=True):
             expected, frames = segment.parts[part], list[pl.DataFrame]()
