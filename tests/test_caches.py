@@ -470,9 +470,8 @@ def test_bytes_without_sizes_ask_for_them(mixed: tk.Store):
             tk.cache(mixed, **arguments)
 
 
-def test_a_trace_too_large_to_be_carried_on_is_refused(mixed: tk.Store, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(caches, "MAX_STATE_BYTES", 1 << 14)
-    with pytest.raises(UsageError, match="whole trace at once"):
+def test_a_trace_too_large_to_be_carried_on_is_refused(mixed: tk.Store):
+    with tk.running(memory="16KiB"), pytest.raises(UsageError, match="whole trace at once"):
         tk.cache(mixed, policy="lru", capacity=7, start="carry", intervals=False)
 
 

@@ -9,7 +9,7 @@ import click
 
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import selectors, store_argument, whole_numbers
+from tracekit.cli.options import running_options, selectors, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 
 window_option = click.option(
@@ -50,6 +50,7 @@ max_window_option = click.option(
     help="Batches of distinct requests, each equally likely, instead of windows drawn independently; no intervals.",
 )
 @selectors()
+@running_options(cluster=True)
 @output_options
 def windows(store: Path, batch_size: tuple[int, ...], non_overlapping: bool, out: Output, **options: Any) -> None:
     """Count the unique experts of a verification window.
@@ -72,6 +73,7 @@ def windows(store: Path, batch_size: tuple[int, ...], non_overlapping: bool, out
     help="Longest lag, in tokens. [default: 32, or the most that a request has]",
 )
 @selectors()
+@running_options(cluster=True)
 @output_options
 def autocorr(store: Path, out: Output, **options: Any) -> None:
     """Measure the overlap of experts between tokens.
@@ -89,6 +91,7 @@ def autocorr(store: Path, out: Output, **options: Any) -> None:
 @store_argument
 @window_option
 @selectors()
+@running_options(cluster=True)
 @output_options
 def attribution(store: Path, out: Output, **options: Any) -> None:
     """Split the drop in unique experts into its causes.
@@ -107,6 +110,7 @@ def attribution(store: Path, out: Output, **options: Any) -> None:
 @verb("load", examples=["tracekit load traces", "tracekit load traces --by label -o load.parquet"])
 @store_argument
 @selectors(by=["layer", "label"], intervals=False)
+@running_options(cluster=True)
 @output_options
 def load(store: Path, out: Output, **options: Any) -> None:
     """Measure how evenly each layer loads its experts."""
@@ -121,6 +125,7 @@ def load(store: Path, out: Output, **options: Any) -> None:
 @store_argument
 @window_option
 @selectors(by=[])
+@running_options(cluster=True)
 @output_options
 def summary(store: Path, out: Output, **options: Any) -> None:
     """Print the one page to read first.

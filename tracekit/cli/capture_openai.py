@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from tracekit.cli.bars import progress_bar
 from tracekit.cli.group import verb
 from tracekit.cli.options import existing_options, label_options, store_option
 from tracekit.cli.output import quiet_option
-from tracekit.cli.reading import progress_bar
 from tracekit.cli.stored import say_stored
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from tracekit.cli.bars import progress_bar
+from tracekit.cli.completion import traces
 from tracekit.cli.errors import CHECK_FAILED
 from tracekit.cli.group import verb
 from tracekit.cli.output import Output, output_options
-from tracekit.cli.reading import progress_bar, reading_options
+from tracekit.cli.reading import reading_options
 
 
 @verb(
@@ -22,7 +24,12 @@ from tracekit.cli.reading import progress_bar, reading_options
     ],
 )
 @click.argument("source", metavar="SOURCE|STORE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--trace", metavar="NAME", help="Only the trace of this name, of a store. [default: all]")
+@click.option(
+    "--trace",
+    metavar="NAME",
+    shell_complete=traces,
+    help="Only the trace of this name, of a store. [default: all]",
+)
 @reading_options
 @output_options
 def check(source: tuple[Path, ...], trace: str | None, reading: dict[str, Any], out: Output) -> int:

@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
+from tracekit.cli.completion import models
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import one_of, selectors, store_argument, whole_numbers
+from tracekit.cli.options import OneOf, running_options, selectors, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 from tracekit.metrics.cache_spec import POLICIES, SCOPES, STARTS, UNITS
 
 
 def _policies(value: str) -> tuple[str, ...]:
-    return tuple(one_of(POLICIES)(name) for name in value.split(","))
+    return tuple(OneOf(POLICIES).convert(name, None, None) for name in value.split(","))
 
 
 def _capacities(value: str) -> tuple[float, ...]:
@@ -35,6 +36,12 @@ _BATCH = click.option(
     default=1,
     show_default=True,
     help="Requests that run together; what they need at once is loaded once.",
+)
+_MODEL = click.option(
+    "--model",
+    metavar="NAME|FILE",
+    shell_complete=models,
+    help="Whose experts: a model of `tracekit models`, or a config.json.",
 )
 _START = click.option(
     "--start",
@@ -73,10 +80,11 @@ _START = click.option(
 @_SCOPE
 @_BATCH
 @_START
-@click.option("--model", metavar="NAME|FILE", help="Whose experts: a model of `tracekit models`, or a config.json.")
+@_MODEL
 @click.option("--expert-bytes", metavar="BYTES", type=float, help="Instead: bytes of an expert.")
 @click.option("--link", metavar="BYTES/S", type=float, help="How fast experts are loaded: adds the time per token.")
 @selectors()
+@running_options()
 @output_options
 def cache(store: Path, out: Output, **options: Any) -> None:
     """Say what a cache of experts would hit, under any policy.
@@ -109,6 +117,7 @@ def cache(store: Path, out: Output, **options: Any) -> None:
 @_BATCH
 @_START
 @selectors()
+@running_options()
 @output_options
 def reuse(store: Path, out: Output, **options: Any) -> None:
     """Draw up the reuse-distance curve: LRU caches of every size.
@@ -147,9 +156,10 @@ def _names(value: str) -> tuple[str, ...]:
     show_default=True,
     help="MoE layers that predictors look ahead, of those that look from layer to layer.",
 )
-@click.option("--model", metavar="NAME|FILE", help="Whose experts: a model of `tracekit models`, or a config.json.")
+@_MODEL
 @click.option("--expert-bytes", metavar="BYTES", type=float, help="Instead: bytes of an expert.")
 @selectors()
+@running_options()
 @output_options
 def prefetch(store: Path, out: Output, **options: Any) -> None:
     """Say how well predictors foretell a layer's experts.
@@ -196,9 +206,10 @@ def prefetch(store: Path, out: Output, **options: Any) -> None:
 )
 @_BATCH
 @_START
-@click.option("--model", metavar="NAME|FILE", help="Whose experts: a model of `tracekit models`, or a config.json.")
+@_MODEL
 @click.option("--expert-bytes", metavar="BYTES", type=float, help="Instead: bytes of an expert.")
 @selectors(by=())
+@running_options()
 @output_options
 def layer_budgets(store: Path, out: Output, **options: Any) -> None:
     """Say how many experts each layer's cache should hold.
@@ -229,6 +240,7 @@ def layer_budgets(store: Path, out: Output, **options: Any) -> None:
     "--cache-ratio", metavar="R,R,…", type=_capacities, help="Sizes of the cache, over k. [default: 1,1.5,2,3,4]"
 )
 @selectors()
+@running_options()
 @output_options
 def locality(store: Path, out: Output, **options: Any) -> None:
     """Say how well one set of experts serves a segment.

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import difflib
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from tracekit.cli import completion
+from tracekit.cli.bars import pass_bar
+from tracekit.errors import did_you_mean
+from tracekit.execution import ENGINES, on_this_machine, running
 
 store_argument = click.argument("store", type=click.Path(path_type=Path))
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """Return a type for one of some names; an unknown one is answered with the closest."""
-    known = tuple(names)
+class OneOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A type for one of some names; an unknown one is answered with the closest."""
 
-    def parse(value: str) -> str:
-        if value not in known:
-            close = difflib.get_close_matches(value, known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}.{hint}")
+    name = "name"
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the value if it is one of the names."""
+        if value not in self.names:
+            found = f"{value!r} is not one of {', '.join(self.names)}."
+            self.fail(" ".join(filter(None, (found, did_you_mean(value, self.names)))), param, ctx)
         return value
 
-    return parse
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete one of the names."""
+        return [CompletionItem(name) for name in completion.matching(self.names, incomplete)]
 
 
 def whole_numbers(value: str) -> tuple[int, ...]:
@@ -125,7 +138,12 @@ def selectors(
             return function(*args, **kwargs)
 
         options = [
-            click.option("--trace", metavar="NAME", help="Only the trace of this name. [default: all]"),
+            click.option(
+                "--trace",
+                metavar="NAME",
+                shell_complete=completion.traces,
+                help="Only the trace of this name. [default: all]",
+            ),
             click.option(
                 "--phase",
                 type=click.Choice(["decode", "prefill", "all"]),
@@ -155,10 +173,67 @@ def selectors(
 
 def one_trace(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--trace`` and ``--phase`` to a verb that takes one trace only."""
-    trace = click.option("--trace", metavar="NAME", help="The trace; may be left out where the store holds one.")
+    trace = click.option(
+        "--trace",
+        metavar="NAME",
+        shell_complete=completion.traces,
+        help="The trace; may be left out where the store holds one.",
+    )
     phase = click.option(
         "--phase",
         type=click.Choice(["decode", "prefill", "all"]),
         help="Which tokens. [default: decode where the store knows it, else what there is]",
     )
     return trace(phase(function))
+
+
+def running_options(
+    memory: str | None = "the sums of a pass", *, cluster: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add how a verb's work is run: ``--threads``, ``--memory``, ``--engine`` and ``--address``.
+
+    Parameters
+    ----------
+    memory
+        What the memory is for, for the help; None for a verb without ``--memory``.
+    cluster
+        Whether the verb can run on a cluster. Where it cannot, ``--engine`` is not in its help, but says which can.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def wrapper(*args: Any, threads: int | None, engine: Any, address: str | None, **kwargs: Any) -> Any:
+            size = kwargs.pop("memory") if memory else None
+            if engine == "ray" and not cluster:
+                raise on_this_machine()
+            if threads is not None and "polars" not in sys.modules:
+                os.environ["POLARS_MAX_THREADS"] = str(threads)  # Polars reads it once, when it is imported
+            quiet = getattr(kwargs.get("out"), "quiet", True)
+            how = {"threads": threads, "memory": size, "engine": engine, "address": address}
+            with pass_bar(shown=not quiet) as progress, running(progress=progress, **how):
+                return function(*args, **kwargs)
+
+        options = [
+            click.option("--threads", type=click.IntRange(min=1), help="Threads at most. [default: the processors]"),
+            click.option(
+                "--engine",
+                type=click.Choice(ENGINES),
+                hidden=not cluster,
+                help="Where the routing is read: in this process, or on a Ray cluster. [default: local]",
+            ),
+            click.option(
+                "--address",
+                metavar="HOST:PORT",
+                hidden=not cluster,
+                help="The Ray cluster. [default: that of this machine, else one that is started]",
+            ),
+        ]
+        if memory:
+            text = f"Memory for {memory}, such as 8GB or 512MiB."
+            options.insert(1, click.option("--memory", metavar="SIZE", help=text))
+        decorated: Callable[..., Any] = wrapper
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate

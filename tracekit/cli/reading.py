@@ -1,10 +1,8 @@
-"""The options that say how a source is to be read, for every verb that reads one, and the bar while it does."""
+"""The options that say how a source is to be read, for every verb that reads one."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -89,23 +87,3 @@ _AS_THEY_ARE = (
     "drop_warmup",
     "deinterleave",
 )
-
-
-@contextmanager
-def progress_bar(label: str, *, shown: bool) -> Iterator[Callable[[int, int, int], None] | None]:
-    """Yield what the library reports to: a bar with rate and time left on a terminal, or nothing."""
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    bar: Any = click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=_tokens)
-    with bar:
-
-        def report(done: int, total: int, tokens: int) -> None:
-            bar.length = max(total, done, 1)
-            bar.update(done - bar.pos, tokens)
-
-        yield report
-
-
-def _tokens(tokens: int | None) -> str:
-    return "" if tokens is None else f"{tokens:,} tokens"

@@ -10,7 +10,7 @@ import click
 from tracekit.cli.analyses import max_window_option
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import selectors, store_argument, whole_numbers
+from tracekit.cli.options import running_options, selectors, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 
 
@@ -32,6 +32,7 @@ from tracekit.cli.output import Output, output_options
     help="Requests verified together, a window each.",
 )
 @selectors()
+@running_options(cluster=True)
 @output_options
 def expert_ratio(store: Path, out: Output, **options: Any) -> None:
     """Say how many more experts a verification loads than a step.
@@ -76,6 +77,7 @@ def expert_ratio(store: Path, out: Output, **options: Any) -> None:
 )
 @click.option("--steps", is_flag=True, help="Verification steps as they ran, with their rejected drafts.")
 @selectors()
+@running_options()
 @output_options
 def budget(store: Path, out: Output, **options: Any) -> None:
     """Say what a budget of experts keeps of a verification window.
@@ -93,6 +95,7 @@ def budget(store: Path, out: Output, **options: Any) -> None:
 @verb("steps", examples=["tracekit steps traces", "tracekit steps traces --by label --format csv -o steps.csv"])
 @store_argument
 @selectors()
+@running_options()
 @output_options
 def steps(store: Path, out: Output, **options: Any) -> None:
     """Count the experts that real verification steps load.
@@ -111,6 +114,7 @@ def steps(store: Path, out: Output, **options: Any) -> None:
 @verb("acceptance", examples=["tracekit acceptance traces", "tracekit acceptance traces --by label -o accepted.csv"])
 @store_argument
 @selectors()
+@running_options()
 @output_options
 def acceptance(store: Path, out: Output, **options: Any) -> None:
     """Say how many drafts verification steps accept.

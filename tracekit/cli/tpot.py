@@ -10,7 +10,7 @@ import click
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.machine import device_options
-from tracekit.cli.options import selectors, store_argument
+from tracekit.cli.options import running_options, selectors, store_argument
 from tracekit.cli.output import Output, output_options
 from tracekit.economics.offload import LINKS
 from tracekit.metrics.cache_spec import POLICIES, STARTS
@@ -87,6 +87,7 @@ FOLLOWED = [policy for policy in POLICIES if policy != "static"]
     "--chart-kind", type=click.Choice(["tpot", "gantt"]), default="tpot", show_default=True, help="What to draw."
 )
 @selectors(by=[])
+@running_options()
 @output_options
 def tpot(
     store: Path,

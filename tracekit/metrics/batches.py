@@ -15,8 +15,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tracekit.errors import UsageError
+from tracekit.execution import check_state
 from tracekit.metrics.kernels import scan_experts
-from tracekit.metrics.state import MAX_STATE_BYTES, Cells, Spec, together
+from tracekit.metrics.state import Cells, Spec, together
 from tracekit.schema import TraceMeta
 
 if TYPE_CHECKING:
@@ -207,17 +208,13 @@ class DistinctBatches:
         Raises
         ------
         UsageError
-            It would take more than 4 GiB.
+            It would take more memory than it may, by default 4 GiB.
         """
         largest = min(spec.distinct_batch, max(cells.group_requests, default=0))
         shape = (len(cells.groups), len(meta.layers), spec.max_window)
         size = 8.0 * np.prod((*shape, largest + 1, meta.num_experts), dtype=float)
-        if size > MAX_STATE_BYTES:
-            raise UsageError(
-                f"batches of up to {largest} distinct requests need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
-                remedy="Lower --max-window or --batch-size" + (", or leave out --by label" if spec.by else ""),
-            )
+        remedy = "Lower --max-window or --batch-size" + (", or leave out --by label" if spec.by else "")
+        check_state(size, f"batches of up to {largest} distinct requests need", remedy)
         self._group, self._overlapping = np.where(cells.cell >= 0, cells.cell_group[cells.cell], -1), spec.overlapping
         self.n_requests = np.zeros(shape, np.int64)
         self.absent = np.zeros((*shape, meta.num_experts, largest + 1))

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import UnsupportedError, UsageError
-from tracekit.metrics.state import MAX_STATE_BYTES, MIN_REQUESTS, Cells, PhaseRuns, Spec, layer_index
+from tracekit.execution import check_state
+from tracekit.metrics.state import MIN_REQUESTS, Cells, PhaseRuns, Spec, layer_index
 from tracekit.schema import TraceMeta
 from tracekit.store.steps import StepRows
 
@@ -71,17 +72,12 @@ class BudgetState:
         Raises
         ------
         UsageError
-            The state would need more than 4 GiB.
+            The state would need more memory than it may take, by default 4 GiB.
         """
         shape = (len(cells.cell_group), len(meta.layers), len(spec.lengths))
         full = (*shape, len(spec.budgets))
         size = 8 * (4 * np.prod(shape, dtype=float) + 3 * np.prod(full, dtype=float))
-        if size > MAX_STATE_BYTES:
-            raise UsageError(
-                f"these budgets need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
-                remedy="Ask for fewer windows or budgets, or use --no-intervals",
-            )
+        check_state(size, "these budgets need", "Ask for fewer windows or budgets, or use --no-intervals")
         return cls(
             n_windows=np.zeros(shape, np.int64),
             left_out=np.zeros(shape, np.int64),

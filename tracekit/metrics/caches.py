@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.errors import UnsupportedError, UsageError
+from tracekit.errors import UnsupportedError
+from tracekit.execution import check_state
 from tracekit.metrics.cache_spec import CacheSpec
 from tracekit.metrics.intervals import jackknife
 from tracekit.metrics.measurement import interval_columns, result_frame
 from tracekit.metrics.replay import Stream
 from tracekit.metrics.replicates import output_groups
-from tracekit.metrics.state import MAX_STATE_BYTES, MIN_REQUESTS, Cells, phase_tokens
+from tracekit.metrics.state import MIN_REQUESTS, Cells, phase_tokens
 from tracekit.metrics.streams import batches, joined, stream, whole_requests
 from tracekit.schema import TraceMeta
 
@@ -55,11 +56,12 @@ class CacheState:
         Raises
         ------
         UsageError
-            The state would need more than 4 GiB.
+            The state would need more memory than it may take, by default 4 GiB.
         """
         replayed = [policy for policy in spec.policies if policy != "static"]
         layers, n, sizes = len(meta.layers), meta.num_experts, len(spec.capacities)
-        _bounded("these caches need", 8.0 * cells * layers * (n + len(spec.policies) * sizes), "Ask for fewer of them")
+        size = 8.0 * cells * layers * (n + len(spec.policies) * sizes)
+        check_state(size, "these caches need", "Ask for fewer of them")
         return cls(
             tokens=np.zeros(cells, np.int64),
             counts=np.zeros((cells, layers, n), np.int64),
@@ -91,7 +93,7 @@ class Caches:
         if spec.start == "carry":
             rows = int(requests["n_tokens"].to_numpy().sum(dtype=np.int64)) * len(meta.layers)
             remedy = "Begin every request with an empty cache, or ask for another trace"
-            _bounded("a cache that lives on needs the whole trace at once:", rows * (8.0 * meta.top_k + 16), remedy)
+            check_state(rows * (8.0 * meta.top_k + 16), "a cache that lives on needs the whole trace at once:", remedy)
         together = batches(whole_requests(meta, requests, blocks, unit >= 0), unit, spec.batch_size)
         streams = (
             (number, stream(meta, rows, spec.phase, spec.start, int(self.cells.cell[number])))
@@ -296,9 +298,3 @@ def _units(requests: pl.DataFrame, spec: CacheSpec) -> tuple[NDArray[np.int64], 
     for number, members in enumerate(chosen):
         unit[members] = number
     return unit, requests[[int(members[0]) for members in chosen]]
-
-
-def _bounded(what: str, size: float, remedy: str) -> None:
-    if size > MAX_STATE_BYTES:
-        most = f"at most {MAX_STATE_BYTES / 2**30:.0f}"
-        raise UsageError(f"{what} {size / 2**30:.0f} GiB of memory", expected=most, remedy=remedy)

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import UsageError
-from tracekit.metrics.state import MAX_STATE_BYTES, MIN_REQUESTS, Cells, PhaseRuns, Spec, layer_index
+from tracekit.execution import check_state
+from tracekit.metrics.state import MIN_REQUESTS, Cells, PhaseRuns, Spec, layer_index
 from tracekit.schema import TraceMeta
 
 if TYPE_CHECKING:
@@ -72,17 +73,13 @@ class LocalityState:
         Raises
         ------
         UsageError
-            The state would need more than 4 GiB.
+            The state would need more memory than it may take, by default 4 GiB.
         """
         shape = (cells, len(meta.layers))
         lengths, wide = len(spec.lengths), sum(spec.lengths) + len(spec.lengths)
         each = wide + lengths * (2 + meta.num_experts + len(spec.capacities))
-        if (size := 8.0 * np.prod(shape, dtype=float) * each) > MAX_STATE_BYTES:
-            raise UsageError(
-                f"these segments need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
-                remedy="Ask for fewer or shorter segments, or use --no-intervals",
-            )
+        size = 8.0 * np.prod(shape, dtype=float) * each
+        check_state(size, "these segments need", "Ask for fewer or shorter segments, or use --no-intervals")
         return cls(
             n_segments=np.zeros((*shape, lengths), np.int64),
             tokens=np.zeros((*shape, lengths), np.int64),

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import UsageError
+from tracekit.execution import check_state
 from tracekit.metrics.replicates import Replicates
-from tracekit.metrics.state import MAX_STATE_BYTES, Cells, PhaseRuns, Spec, layer_index, together
+from tracekit.metrics.state import Cells, PhaseRuns, Spec, layer_index, together
 from tracekit.schema import TraceMeta
 
 if TYPE_CHECKING:
@@ -88,17 +89,12 @@ class PrefetchState:
         Raises
         ------
         UsageError
-            The state would need more than 4 GiB.
+            The state would need more memory than it may take, by default 4 GiB.
         """
         predictors = len(spec.predictors) + len(spec.recorded)
         shape, most = (predictors, len(cells.cell_group), len(meta.layers)), max(spec.m)
         size = 8.0 * math.prod(shape) * (4 * most + meta.top_k + 3)
-        if size > MAX_STATE_BYTES:
-            raise UsageError(
-                f"these predictors need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
-                remedy="Ask for fewer predictors or experts, or use --no-intervals",
-            )
+        check_state(size, "these predictors need", "Ask for fewer predictors or experts, or use --no-intervals")
         return cls(
             n=np.zeros(shape, np.int64),
             weighed=np.zeros(shape, np.int64),
@@ -340,12 +336,7 @@ class Prefetch:
         d, v = len(self._distances), 0 if self._words is None else self._words.size
         shapes = [(layers, n), (d, layers, n), (d, layers, n, n), (layers, v, n)]
         size = 4.0 * sum(math.prod(shape) for shape in shapes)
-        if size > MAX_STATE_BYTES:
-            raise UsageError(
-                f"the tables of these predictors need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
-                remedy="Ask for fewer distances",
-            )
+        check_state(size, "the tables of these predictors need", "Ask for fewer distances")
         return [np.zeros(shape, np.int32) for shape in shapes]
 
     def _each(self, pool: ThreadPoolExecutor, blocks: Iterable[Block], judging: bool) -> None:
