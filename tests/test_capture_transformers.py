@@ -321,7 +321,12 @@ def test_requests_from_no_file_become_a_trace(tmp_path: Path) -> None:
         notes.append("made two")
 
     info = write_trace(tmp_path, "live", META, made(), sources=["p.txt"], notes=notes)  # type: ignore[arg-type]
-    assert (info.requests, info.tokens, info.notes, info.segments[0].sources) == (2, 6, ("made two",), ("p.txt",))
+    assert (info.requests, info.tokens, info.notes, [s.name for s in info.segments[0].sources]) == (
+        2,
+        6,
+        ("made two",),
+        ["p.txt"],
+    )
     found = tk.open(tmp_path).sql("SELECT layer, pos, experts FROM routing WHERE request = 1 ORDER BY ALL").rows()
     assert [(layer, pos, list(experts)) for layer, pos, experts in found] == [
         (1, 0, [0, 1]), (1, 1, [4, 5]), (1, 2, [7, 0]), (3, 0, [2, 3]), (3, 1, [6, 7]), (3, 2, [1, 2]),

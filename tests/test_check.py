@@ -639,7 +639,7 @@ class Given:
     def __init__(self, shape: TraceMeta, *requests: Request) -> None:
         self.meta, self._requests = shape, requests
 
-    def requests(self) -> Any:
+    def records(self) -> Any:
         return iter(self._requests)
 
 

@@ -157,7 +157,7 @@ def test_append_refuses_another_model_and_known_requests(store: tk.Store, tmp_pa
     ids = [{"request_id": f"r{i}"} for i in range(3)]
     ingest(named, store.path, name="named", requests=ids)
     with pytest.raises(SourceError, match="'r0' is in the trace already"):
-        ingest(named, store.path, name="named", requests=ids, append=True)
+        ingest(npz(tmp_path / "others.npz", seed=6), store.path, name="named", requests=ids, append=True)
     with pytest.raises(UsageError, match="exclude"):
         ingest(named, store.path, name="t", append=True, force=True)
     tk.open(store.path)
@@ -414,7 +414,7 @@ def test_the_views_run_in_a_plain_shell(store: tk.Store, tmp_path: Path) -> None
         "LOAD httpfs",
         "SET enable_external_access = true",
         "RESET allowed_directories",
-        "PRAGMA database_list",
+        "PRAGMA memory_limit = '1GB'",
         "CREATE TABLE t AS SELECT 1",
         "DROP VIEW routing",
         "CREATE OR REPLACE VIEW routing AS SELECT 1",
@@ -525,12 +525,7 @@ def test_holes_are_kept_and_no_window_crosses_them(tmp_path: Path) -> None:
     positions = np.array([0, 1, 2, 7, 8])
     ids = np.array([[[0, 1]], [[0, 1]], [[0, 2]], [[3, 4]], [[3, 5]]], np.uint8)
     root = tmp_path / "S"
-    root.mkdir()
-    segment_writer = writer._SegmentWriter(root, meta, None)
-    with segment_writer:
-        segment_writer.add(Request("r", ids, decode_start=0, positions=positions))
-        segment = segment_writer.finish(["x"])
-    manifest.write_manifest(root, [tk.TraceInfo("t", meta, "now", (segment,))])
+    writer.write_trace(root, "t", meta, [Request("r", ids, decode_start=0, positions=positions)])
     rows = tk.windows(root, max_window=3, intervals=False)
     assert rows["n_windows"].to_list() == [5, 3, 1]
     assert rows["observed"].to_list() == [2.0, (2 + 3 + 3) / 3, 3.0]

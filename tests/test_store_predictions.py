@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,13 +49,13 @@ def next_gate(rows: int = 4, distance: int = 1, **shape: int) -> RawPredictions:
 @pytest.fixture
 def ingest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ingest:
     """Ingest raw requests as if a reader had yielded them."""
-    source = tmp_path / "source"
-    source.write_text("made")
+    source, made = tmp_path / "source", itertools.count()
 
     def run(raws: Sequence[RawRequest], store: str = "S", **options: object) -> tk.TraceInfo:
         reader = Reader("made", "", "", lambda *_: False, lambda *_: iter(raws))
         monkeypatch.setitem(READERS, "made", reader)
         fixed = {"source_format": "made", "name": "t", "num_experts": 8}
+        source.write_text(f"made {next(made)}")  # not what the trace has already
         return tk.ingest(source, tmp_path / store, **fixed | options)  # type: ignore[arg-type]
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import subprocess
@@ -50,13 +51,13 @@ def request(name: str = "a", rows: int = 6, steps: VerifySteps | None = None, **
 @pytest.fixture
 def ingest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ingest:
     """Ingest raw requests or counts as if a reader had yielded them."""
-    source = tmp_path / "source"
-    source.write_text("made")
+    source, made = tmp_path / "source", itertools.count()
 
     def run(raws: Sequence[Raw], store: str = "S", **options: object) -> tk.TraceInfo:
         reader = Reader("made", "", "", lambda *_: False, lambda *_: iter(raws))
         monkeypatch.setitem(READERS, "made", reader)
         fixed = {"source_format": "made", "name": "t"}
+        source.write_text(f"made {next(made)}")  # not what the trace has already
         return tk.ingest(source, tmp_path / store, **fixed | options)  # type: ignore[arg-type]
 
     return run

@@ -59,6 +59,18 @@ class TraceMeta:
     """Anything else worth keeping, JSON-serialisable (expert bytes per layer, notes)."""
 
 
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that a trace was read from, known by its content: it may be renamed or moved."""
+
+    name: str
+    """Below the folder that was given, or as whoever made the trace calls it."""
+    size: int | None = None
+    """Bytes; None, as the digest, where there was no file or an older tracekit read it."""
+    digest: str | None = None
+    """SHA-256 in hex; of a source of several files, that of their digests one after the other."""
+
+
 @dataclass(slots=True)
 class VerifySteps:
     """The verification steps of speculative decoding of one request, rejected drafts included.

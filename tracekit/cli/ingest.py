@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from tracekit.cli.bars import progress_bar
 from tracekit.cli.group import verb
-from tracekit.cli.options import existing_options, store_option
+from tracekit.cli.options import existing_options, running_options, store_option
 from tracekit.cli.output import quiet_option
-from tracekit.cli.reading import progress_bar, reading_options
+from tracekit.cli.reading import reading_options
 from tracekit.cli.stored import say_stored
 
 
@@ -27,6 +28,8 @@ from tracekit.cli.stored import say_stored
 @click.option("--name", help="Name of the trace. [default: that of the first source]")
 @reading_options
 @existing_options
+@click.option("--resume", is_flag=True, help="Create the trace or go on with it: take the files it does not have yet.")
+@running_options(None)
 @quiet_option
 def ingest(
     sources: tuple[Path, ...],
@@ -39,7 +42,10 @@ def ingest(
     """Read traces of an inference engine into a store.
 
     The format is detected: arrays, responses of servers, tables, route traces, counts (tracekit formats lists them
-    all). All sources together become one trace. The store changes in one step at the end, or not at all.
+    all). All sources together become one trace. The store changes in one step at the end, or not at all; with --resume
+    it is added to as files end, and the same command goes on after an interruption or when there are more files.
+
+    Files whose content the trace has already, under any name, are left out.
 
     The trace is checked as it is read, and what is found is kept with it (see tracekit check). What cannot be right is
     refused; a serious finding that is no reason to refuse makes the exit code 3, after the trace was stored.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracekit.errors import SourceError, UsageError
-from tracekit.schema import Histogram, Request, TraceMeta
+from tracekit.errors import SourceError, UsageError, did_you_mean
+from tracekit.schema import Histogram, Request, SourceFile, TraceMeta
 from tracekit.sources.base import IngestOptions, RawCounts, RawRequest, Reader, scalar_text
 from tracekit.sources.canonical import Canonical
 from tracekit.sources.config import ModelConfig, load_config
 from tracekit.sources.files import file_size, is_endless, read_head, stem, walk
+from tracekit.sources.identity import Candidate, Once
 from tracekit.sources.readers import READERS, arrays
 from tracekit.sources.unsupported import unrecognised
 
@@ -47,12 +48,18 @@ class _File:
     size: int
     request_id: str
     """Default id of its requests."""
+    name: str
+    """Path below what was given."""
+    parts: Sequence[Path]
+    """The files that it is made of: itself, or those of a folder."""
 
 
 class Source:
     """A trace source that is open: its provenance at once, its requests one by one."""
 
-    def __init__(self, files: Sequence[_File], options: IngestOptions, notes: Sequence[str]) -> None:
+    def __init__(
+        self, files: Sequence[_File], options: IngestOptions, notes: Sequence[str], once: Once | None = None
+    ) -> None:
         self.formats = {file.reader.name for file in files}
         self.total_bytes = sum(file.size for file in files)
         self.done_bytes = 0
@@ -61,9 +68,13 @@ class Source:
         self._options = options
         self._canonical = Canonical(options, files[0].reader.name)
         self._canonical.notes.extend(notes)
+        self._once = once
         self._stream = self._generate()
-        self._first: Request | Histogram | None = next(self._stream, None)
-        if self._first is None:
+        self._begun: list[Request | Histogram | SourceFile] = []
+        """Records up to the first request, which says what holds for the trace."""
+        while self._canonical.meta is None and (record := next(self._stream, None)) is not None:
+            self._begun.append(record)
+        if self.empty and not self.left_out:
             raise SourceError("has no request with any routing", where=str(files[0].path))
 
     @property
@@ -73,21 +84,52 @@ class Source:
         return self._canonical.meta
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to read: the trace has all of it already."""
+        return self._canonical.meta is None
+
+    @property
     def notes(self) -> list[str]:
         """Sentences for the user about what was noticed, left out or assumed; complete after the last request."""
         return self._canonical.notes
 
+    @property
+    def left_out(self) -> list[str]:
+        """Sentences about what the trace has already; complete after the last request."""
+        return self._once.notes() if self._once else []
+
     def requests(self) -> Iterator[Request | Histogram]:
         """Yield the requests in order, or the records of a source of counts; to be called once."""
-        first, self._first = self._first, None
-        if first is not None:
-            yield first
-            del first
-            yield from self._stream
+        return (record for record in self.records() if not isinstance(record, SourceFile))
 
-    def _generate(self) -> Iterator[Request | Histogram]:
+    def records(self) -> Iterator[Request | Histogram | SourceFile]:
+        """Yield the same, and each file after its last request where each is to be read once; to be called once."""
+        while self._begun:
+            yield self._begun.pop(0)
+        yield from self._stream
+
+    def _generate(self) -> Iterator[Request | Histogram | SourceFile]:
+        try:
+            yield from self._files_once()
+        finally:
+            if self._once:
+                self._once.close()
+        self._canonical.finish()
+
+    def _files_once(self) -> Iterator[Request | Histogram | SourceFile]:
         before = 0
-        for file in self._files:
+        for number, file in enumerate(self._files):
+            if self._once and not self._once.begin(number):
+                if self._options.requests is not None:
+                    raise SourceError(
+                        "is in the trace already",
+                        where=str(file.path),
+                        expected="sources that are read, for --requests has an entry for each request",
+                        remedy="Leave it and its entries out",
+                    )
+                before += file.size
+                self.done_bytes = before
+                continue
             for raw in _read(file, self._options):
                 name = file.request_id if raw.part is None else f"{file.request_id}/{raw.part}"
                 request = (
@@ -100,7 +142,8 @@ class Source:
                     yield request
             before += file.size
             self.done_bytes = before
-        self._canonical.finish()
+            if self._once:
+                yield self._once.end(number)
 
 
 def _read(file: _File, options: IngestOptions) -> Iterator[RawRequest | RawCounts]:
@@ -139,7 +182,9 @@ def detect(path: Path) -> Reader:
     raise unrecognised(path, head)
 
 
-def open_source(paths: Sequence[Path | str], options: IngestOptions | None = None) -> Source:
+def open_source(
+    paths: Sequence[Path | str], options: IngestOptions | None = None, known: Iterable[SourceFile] | None = None
+) -> Source:
     """Open files and folders as one trace.
 
     Parameters
@@ -148,6 +193,8 @@ def open_source(paths: Sequence[Path | str], options: IngestOptions | None = Non
         Files; folders whose files (sorted, recursively) are the requests, or that are one source as a whole.
     options
         What the user says about them.
+    known
+        What the trace was read from so far, which is left out; default: all are read, and their digests not made.
 
     Raises
     ------
@@ -181,12 +228,14 @@ def open_source(paths: Sequence[Path | str], options: IngestOptions | None = Non
             used = set(parts)
             _note_others(path, [file for file in islice(walk(path), LOOKED_AT) if file not in used], notes)
             size = sum(file_size(file) for file in parts)
-            files.append(_File(path, reader, size, scalar_text(path.resolve().name) or "trace"))
+            name = scalar_text(path.resolve().name) or "trace"
+            files.append(_File(path, reader, size, name, name, parts))
             continue
         found = _folder(path, forced, notes) if path.is_dir() else [(path, forced or detect(path))]
         for file, reader in found:
             relative = file if base in file.parents else file.absolute()
-            files.append(_File(file, reader, file_size(file), stem(relative, base)))
+            name = relative.relative_to(base).as_posix()
+            files.append(_File(file, reader, file_size(file), stem(relative, base), name, [file]))
     formats = sorted({file.reader.name for file in files})
     if len(formats) > 1:
         raise SourceError(
@@ -199,14 +248,16 @@ def open_source(paths: Sequence[Path | str], options: IngestOptions | None = Non
         options = replace(options, config=_config_beside(given[0], notes))
     if len(files) > 1 and formats == ["arrays"] and options.axes is None:
         options = replace(options, token_axis=arrays.varying_axis([file.path for file in files]))
-    return Source(files, options, notes)
+    candidates = [Candidate(file.name, file.parts, file.size) for file in files]
+    return Source(files, options, notes, None if known is None else Once(candidates, tuple(known)))
 
 
 def _forced(name: str | None) -> Reader | None:
     if name is None:
         return None
     if name not in READERS:
-        raise UsageError(f"no source format {name!r}", expected=", ".join(READERS))
+        expected = "one of " + ", ".join(READERS)
+        raise UsageError(f"no source format {name!r}", expected=expected, remedy=did_you_mean(name, READERS))
     return READERS[name]
 
 

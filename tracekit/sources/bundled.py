@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import tomllib
 from collections.abc import Mapping
@@ -42,14 +41,9 @@ def find(name: str) -> Bundled | None:
     return _names().get(name.rstrip("/").rpartition("/")[2].casefold())
 
 
-def closest(name: str) -> str | None:
-    """Return the known name that is most like one that is not known, None where none is."""
-    known = _names()
-    close = difflib.get_close_matches(name.rpartition("/")[2].casefold(), known, 1)
-    if not close:
-        return None
-    model = known[close[0]]
-    return next(spelling for spelling in (model.name, *model.also) if spelling.casefold() == close[0])
+def spellings() -> list[str]:
+    """Return every name under which a model of the table is found."""
+    return [spelling for model in bundled() for spelling in (model.name, *model.also)]
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracekit.errors import SourceError
-from tracekit.sources.bundled import closest, find
+from tracekit.errors import SourceError, did_you_mean
+from tracekit.sources.bundled import find, spellings
 from tracekit.sources.files import fault
 
 _MOST_LAYERS = 1 << 16
@@ -89,12 +89,11 @@ def load_document(path: Path | str) -> tuple[Mapping[str, Any], str]:
         if model is not None:
             return {"_name_or_path": model.name, **model.config}, model.name
         if path.suffix != ".json":
-            close = closest(str(path))
             raise SourceError(
                 "is neither a file nor the name of a bundled model",
                 where=str(path),
                 expected="a model's config.json or one of `tracekit models`",
-                remedy=f"Did you mean {close!r}?" if close else None,
+                remedy=did_you_mean(path.name, spellings()),
             )
     if path.is_dir():
         path /= "config.json"

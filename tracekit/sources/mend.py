@@ -13,7 +13,7 @@ from tracekit.checks.finding import counted, numbers
 from tracekit.checks.keys import request_keys
 from tracekit.checks.repeats import SHORTEST_RUN, run_starts
 from tracekit.errors import SourceError, UsageError
-from tracekit.schema import Histogram, Predictions, Request, TraceMeta, VerifySteps
+from tracekit.schema import Histogram, Predictions, Request, SourceFile, TraceMeta, VerifySteps
 
 Record = Request | Histogram
 
@@ -29,7 +29,12 @@ class Stream(Protocol):
     def done_bytes(self) -> int: ...  # noqa: D102
     @property
     def total_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def empty(self) -> bool: ...  # noqa: D102
+    @property
+    def left_out(self) -> Sequence[str]: ...  # noqa: D102
     def requests(self) -> Iterator[Record]: ...  # noqa: D102
+    def records(self) -> Iterator[Record | SourceFile]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +106,36 @@ class Mended:
         """Bytes in all."""
         return self._source.total_bytes
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to read."""
+        return self._source.empty
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Sentences about what was not read."""
+        return self._source.left_out
+
     def requests(self) -> Iterator[Record]:
         """Yield the mended requests in order; to be called once."""
-        stream = self._source.requests()
+        return (record for record in self.records() if not isinstance(record, SourceFile))
+
+    def records(self) -> Iterator[Record | SourceFile]:
+        """Yield the same, and each file after its last request."""
+        stream = self._source.records()
         for step in self._steps:
             stream = _applied(step.apply, stream)
         yield from stream
 
 
-def _applied(apply: Callable[[Record], Iterator[Record]], stream: Iterator[Record]) -> Iterator[Record]:
+def _applied(
+    apply: Callable[[Record], Iterator[Record]], stream: Iterator[Record | SourceFile]
+) -> Iterator[Record | SourceFile]:
     for record in stream:
-        yield from apply(record)
+        if isinstance(record, SourceFile):
+            yield record
+        else:
+            yield from apply(record)
 
 
 class _Layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracekit.errors import SourceError
+from tracekit.errors import SourceError, did_you_mean
 from tracekit.sources.base import scalar_text
 
 Entry = Mapping[str, Any]
@@ -104,7 +104,7 @@ def labels_of(
                 f"has no label field {name!r}",
                 where=where,
                 expected=f"one of {', '.join(there)}" if there else "a field in the records or in the sidecar",
-                remedy="Name another field with --label-fields, or give --requests",
+                remedy=did_you_mean(name, there) or "Name another field with --label-fields, or give --requests",
             )
         labels[name] = value
     labels.update(constant)

@@ -12,6 +12,7 @@ A store is a directory::
         predicted.parquet        experts that predictors named ahead of time, where the source has them
         counts.parquet           tokens per expert, of a source that holds counts only: it has no parts
     results/KIND-KEY.parquet     what the kernels computed, see ``results``
+    states/KEY.state             sums that results are computed from, see ``states``
 
 Anything under ``segments`` that the manifest does not list is the remains of an ingest that did not finish.
 """
@@ -32,13 +33,14 @@ from typing import Any
 from tracekit import markup
 from tracekit.checks import Finding
 from tracekit.errors import StoreError
-from tracekit.schema import SCHEMA_VERSION, Phase, TraceMeta
+from tracekit.schema import SCHEMA_VERSION, Phase, SourceFile, TraceMeta
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 RESULTS = "results"
-VERSION = 3
-"""Version of the results, part of their names: raise it when a metric's numbers or columns change."""
+STATES = "states"
+VERSION = 4
+"""Version of results and states, part of their names: raise it when a metric's numbers, columns or sums change."""
 TEMPORARY = ".writing-"
 """Prefix of files that are being written."""
 _FORMAT = "tracekit-store"
@@ -46,7 +48,7 @@ _FORMAT = "tracekit-store"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One committed ingest: a directory of immutable Parquet files."""
+    """One committed ingest, or several that were put together: a directory of immutable Parquet files."""
 
     id: str
     content: str
@@ -56,6 +58,8 @@ class Segment:
     rows: int
     parts: tuple[int, ...]
     """Rows of each part file."""
+    sums: tuple[tuple[str, str], ...] = ()
+    """Checksums of the ids and of the weights of each part file, in hex; an older tracekit wrote none."""
     decode_tokens: int = 0
     prefill_tokens: int = 0
     """Tokens whose phase is known."""
@@ -64,8 +68,10 @@ class Segment:
     has_steps: bool = False
     predicted: int = 0
     """m, experts that each prediction names; 0: there are no predictions."""
-    sources: tuple[str, ...] = ()
-    """Names of the source files, as given."""
+    sources: tuple[SourceFile, ...] = ()
+    """What it was read from."""
+    merged: tuple[str, ...] = ()
+    """``content`` of the segments that were put together in it; none: it is as it was ingested."""
 
     @property
     def has_predictions(self) -> bool:
@@ -102,6 +108,11 @@ class TraceInfo:
         return sum(s.rows for s in self.segments)
 
     @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """What the trace was read from."""
+        return tuple(file for s in self.segments for file in s.sources)
+
+    @property
     def default_phase(self) -> Phase:
         """The phase that is measured unless another is asked for: decode where it is known, else what there is."""
         if any(s.decode_tokens for s in self.segments):
@@ -110,10 +121,23 @@ class TraceInfo:
 
     @property
     def content(self) -> str:
-        """Hex digest of the trace's content; results are keyed by it."""
+        """Hex digest of the trace's content; results are keyed by it, and putting segments together keeps them."""
         meta = self.meta
-        parts = [meta.num_experts, meta.top_k, meta.layers, meta.router_order, *(s.content for s in self.segments)]
+        ingests = [content for s in self.segments for content in s.merged or (s.content,)]
+        parts = [meta.num_experts, meta.top_k, meta.layers, meta.router_order, *ingests]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def contents(self) -> list[str]:
+        """Hex digests of the trace up to each of its segments; states are keyed by them."""
+        meta, found = self.meta, []
+        shape = [meta.num_experts, meta.top_k, meta.layers, meta.router_order]
+        digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+        for segment in self.segments:
+            for ingest in segment.merged or (segment.content,):
+                digest.update(f"\n{ingest}".encode())
+            found.append(digest.hexdigest())
+        return found
 
     def _repr_html_(self) -> str:
         meta, layers = self.meta, self.meta.layers
@@ -220,10 +244,7 @@ def read_manifest(root: Path) -> list[TraceInfo]:
 def _trace(entry: dict[str, Any]) -> TraceInfo:
     meta = dict(entry["meta"])
     meta["layers"] = tuple(meta["layers"])
-    segments = [Segment(**{**s, "parts": tuple(s["parts"]), "sources": tuple(s["sources"])}) for s in entry["segments"]]
-    for segment in segments:
-        if not segment.id.isalnum():
-            raise ValueError(f"segment id {segment.id!r}")
+    segments = [_segment(segment) for segment in entry["segments"]]
     numbers = [
         meta["num_experts"],
         meta["top_k"],
@@ -238,6 +259,21 @@ def _trace(entry: dict[str, Any]) -> TraceInfo:
     return TraceInfo(
         entry["name"], TraceMeta(**meta), entry["created"], tuple(segments), tuple(entry["notes"]), findings
     )
+
+
+def _segment(entry: dict[str, Any]) -> Segment:
+    # A tracekit without digests of sources listed their names.
+    sources = [SourceFile(file) if isinstance(file, str) else SourceFile(**file) for file in entry["sources"]]
+    if any(not isinstance(file.name, str) or not isinstance(file.digest, str | None) for file in sources):
+        raise ValueError("a source of the wrong type")
+    lists = {name: tuple(entry.get(name, ())) for name in ("parts", "merged")}
+    sums = tuple((ids, weights) for ids, weights in entry.get("sums", ()))
+    segment = Segment(**{**entry, **lists, "sources": tuple(sources), "sums": sums})
+    if len(sums) not in (0, len(segment.parts)):
+        raise ValueError("a segment without the checksums of some parts")
+    if not segment.id.isalnum():
+        raise ValueError(f"segment id {segment.id!r}")
+    return segment
 
 
 def write_manifest(root: Path, traces: list[TraceInfo]) -> None:
@@ -262,6 +298,22 @@ def write_manifest(root: Path, traces: list[TraceInfo]) -> None:
     sync_directory(root)
 
 
+def with_trace(traces: list[TraceInfo], trace: TraceInfo) -> list[TraceInfo]:
+    """Return the traces with this one in the place of that of its name, or behind them."""
+    if all(t.name != trace.name for t in traces):
+        return [*traces, trace]
+    return [trace if t.name == trace.name else t for t in traces]
+
+
+def sync_segment(directory: Path) -> None:
+    """Make the files of a segment durable, before it is listed."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(directory)
+    sync_directory(directory.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Make the directory's entries durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -278,15 +330,16 @@ def locked(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            found = "another ingest is writing to it"
+            found = "another ingest, or a compaction, is writing to it"
             raise StoreError(found, where=str(root), remedy="Try again when it ends") from None
         yield
 
 
 def sweep(root: Path, traces: list[TraceInfo]) -> None:
-    """Delete what no listed trace uses: unfinished or replaced segments and files, results of other content."""
-    for unfinished in [*root.glob(f"{TEMPORARY}*"), *(root / RESULTS).glob(f"{TEMPORARY}*")]:
-        unfinished.unlink(missing_ok=True)
+    """Delete what no listed trace uses: unfinished or replaced segments and files, results and states of others."""
+    for directory in (root, root / RESULTS, root / STATES):
+        for unfinished in directory.glob(f"{TEMPORARY}*"):
+            unfinished.unlink(missing_ok=True)
     listed = {segment.id for trace in traces for segment in trace.segments}
     for directory in (root / SEGMENTS).glob("*"):
         if directory.name not in listed:
@@ -295,3 +348,8 @@ def sweep(root: Path, traces: list[TraceInfo]) -> None:
     for result in (root / RESULTS).glob("*.parquet"):
         if not any(result.match(f"*-{VERSION}-{content}-*") for content in contents):
             result.unlink(missing_ok=True)
+    # What an appended trace begins with are the states of its first segments.
+    kept = {(str(VERSION), content) for trace in traces for content in trace.contents}
+    for state in (root / STATES).glob("*.state"):
+        if tuple(state.name.split("-")[:2]) not in kept:
+            state.unlink(missing_ok=True)

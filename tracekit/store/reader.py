@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -13,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit import markup
-from tracekit.errors import StoreError, UnsupportedError
+from tracekit.errors import StoreError, UnsupportedError, did_you_mean
+from tracekit.execution import Progress, current
 from tracekit.schema import id_dtype
 from tracekit.store import views
 from tracekit.store.ahead import ahead
 from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest, whole
 from tracekit.store.spool import COUNTS, STEPS
 from tracekit.store.steps import StepRows, whole_steps
+from tracekit.store.sums import checksum
 
 if TYPE_CHECKING:
     import duckdb
@@ -141,12 +142,11 @@ class Store:
             found = f"holds {len(traces)} traces ({listed})"
             raise StoreError(found, where=str(self.path), remedy="Name one with --trace")
         if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
             raise StoreError(
                 f"no trace named {name!r}",
                 where=str(self.path),
                 expected=f"one of {listed}",
-                remedy=f"Did you mean {close[0]!r}?" if close else None,
+                remedy=did_you_mean(name, names),
             )
         return traces[names.index(name)]
 
@@ -171,7 +171,7 @@ class Store:
             Which of the trace's part files, counted over its segments; default: all. A request's rows of one layer are
             in one part.
         """
-        return ahead(part for part, _ in self._parts(trace, weights=False, chosen=parts))
+        return ahead(part for part, _ in self._parts(trace, current().progress, weights=False, chosen=parts))
 
     def blocks(self, trace: TraceInfo, *, weights: bool = False) -> Iterator[Block]:
         """Return the trace's routing rows part by part, as arrays; the next is made ready while one is worked on.
@@ -183,16 +183,16 @@ class Store:
         weights
             Whether to read the router weights too; every segment of the trace must have them.
         """
-        return ahead(self._blocks(trace, weights))
+        return ahead(self._blocks(trace, current().progress, weights))
 
-    def _blocks(self, trace: TraceInfo, weighted: bool) -> Iterator[Block]:
+    def _blocks(self, trace: TraceInfo, progress: Progress | None, weighted: bool) -> Iterator[Block]:
         k = trace.meta.top_k
         # Buffers take turns, for fresh memory for every part would cost as much as decoding it: one is being filled,
         # and the two blocks before it are being worked on.
         size = k * max((rows for s in trace.segments for rows in s.parts), default=0)
         dtypes = (id_dtype(trace.meta.num_experts), np.float32)[: 1 + weighted]
         buffers = cycle([[np.empty(size, dtype) for dtype in dtypes] for _ in range(3)])
-        for (part, weights), turn in zip(self._parts(trace, weights=weighted), buffers, strict=False):
+        for (part, weights), turn in zip(self._parts(trace, progress, weights=weighted), buffers, strict=False):
             rows = len(part.columns[0])
             held = [buffer[: k * rows].reshape(k, rows) for buffer in turn]
             for columns, array in zip((part.columns, weights), held, strict=False):
@@ -200,7 +200,7 @@ class Store:
             yield Block(held[0], part.runs, held[1] if weighted else None)
 
     def _parts(
-        self, trace: TraceInfo, *, weights: bool, chosen: range | None = None
+        self, trace: TraceInfo, progress: Progress | None, *, weights: bool, chosen: range | None = None
     ) -> Iterator[tuple[Columns, tuple[NDArray[np.float32], ...]]]:
         """Yield the rows of each part file, checked, and the k columns of their weights where those are wanted."""
         import polars as pl
@@ -216,8 +216,13 @@ class Store:
         paths = [self._path(s, part_name(i)) for s, i in parts]
         segments = {s.id: s for s, _ in parts}.values()
         runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in segments}
-        batches = pl.scan_parquet(paths, glob=False).select(columns).collect_batches(maintain_order=True)
+        # Some segments may have weights that the first one has not.
+        scan = pl.scan_parquet(paths, glob=False, extra_columns="ignore")
+        batches = scan.select(columns).collect_batches(maintain_order=True)
+        done, total = 0, k * sum(s.parts[i] for s, i in parts)
         for (segment, part), path in zip(parts, paths, strict=True):
+            if progress:
+                progress(done, total)
             expected, frames = segment.parts[part], list[pl.DataFrame]()
             while sum(frame.height for frame in frames) < expected:  # one row group a part, so this is one batch
                 try:
@@ -236,7 +241,12 @@ class Store:
             )
             if not read.fits(trace):
                 raise unreadable(path, "its ids or runs are outside what the manifest says")
+            if segment.sums:
+                compare_sums(path, arrays[:k], arrays[k:], segment.sums[part])
             yield read, arrays[k:]
+            done += k * expected
+        if progress:
+            progress(done, total)
 
     def counts(self, trace: TraceInfo, groups: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens per expert of a trace of counts, summed over groups of its requests.
@@ -355,19 +365,32 @@ class Store:
         return self.path / SEGMENTS / segment.id / name
 
     def _read(self, segment: Segment, name: str) -> pl.DataFrame:
-        import polars as pl
+        return read_file(self._path(segment, name))
 
-        path = self._path(segment, name)
-        try:
-            return pl.read_parquet(path, memory_map=False, glob=False)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise unreadable(path, error) from None
+
+def read_file(path: Path) -> pl.DataFrame:
+    """Read a file of a store as a whole."""
+    import polars as pl
+
+    try:
+        return pl.read_parquet(path, memory_map=False, glob=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise unreadable(path, error) from None
+
+
+def compare_sums(
+    path: Path, ids: Sequence[NDArray[Any]], weights: Sequence[NDArray[Any]], sums: tuple[str, str]
+) -> None:
+    """Hold the columns of a part, as far as they were read, against the checksums from when they were written."""
+    for what, columns, known in (("ids", ids, sums[0]), ("weights", weights, sums[1])):
+        if columns and checksum(columns) != known:
+            raise unreadable(path, f"its {what} are not those that were written")
 
 
 def unreadable(path: Path, reason: object) -> StoreError:
     """Return the error for a file of a store that cannot be read."""
     return StoreError(
-        f"cannot be read ({reason})",
+        f"cannot be read ({str(reason) or 'it is damaged'})",
         where=str(path),
         remedy="If the trace was replaced meanwhile, try again; if not, ingest it again with --force",
     )

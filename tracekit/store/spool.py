@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,6 @@ class Spool:
 
     def finish(self) -> str:
         """Write the file and return the digest of its rows; without any row there is no file."""
-        import polars as pl
-
         if not self._pieces:
             if self._held:
                 self._write(self.path)
@@ -68,12 +66,7 @@ class Spool:
             piece = self.path.with_name(f"{self.path.stem}-piece-{len(self._pieces):05d}.parquet")
             self._write(piece)
             self._pieces.append(piece)
-        try:
-            pl.scan_parquet(self._pieces, glob=False).sink_parquet(
-                self.path, compression_level=1, statistics=False, row_group_size=SPOOL_ROWS, maintain_order=True
-            )
-        except pl.exceptions.PolarsError as error:
-            raise OSError(f"{self.path.name}: {error}") from error
+        join(self._pieces, self.path)
         for piece in self._pieces:
             piece.unlink()
         return self._digest.hexdigest()
@@ -88,6 +81,18 @@ class Spool:
         except pl.exceptions.PolarsError as error:
             raise OSError(f"{path.name}: {error}") from error
         self._held, self._held_rows = [], 0
+
+
+def join(pieces: Sequence[Path], path: Path) -> None:
+    """Write the rows of some files to one, in their order and in bounded memory."""
+    import polars as pl
+
+    try:
+        pl.scan_parquet(list(pieces), glob=False).sink_parquet(
+            path, compression_level=1, statistics=False, row_group_size=SPOOL_ROWS, maintain_order=True
+        )
+    except pl.exceptions.PolarsError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _with_nulls(column: NDArray[Any] | str) -> Any:

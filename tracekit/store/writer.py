@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekit.checks import OF_INGEST, Checker, findings_of_parts, ordered
+from tracekit.checks import OF_INGEST, Checker, Finding, findings_of_parts, ordered
 from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
-from tracekit.schema import Histogram, IdSpace, Phase, Predictions, Request, TraceMeta, id_dtype
+from tracekit.schema import Histogram, IdSpace, Phase, Predictions, Request, SourceFile, TraceMeta, id_dtype
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.config import load_config
 from tracekit.sources.files import fault
@@ -38,18 +37,33 @@ from tracekit.store.manifest import (
     part_name,
     read_manifest,
     sweep,
-    sync_directory,
+    sync_segment,
+    with_trace,
     write_manifest,
 )
 from tracekit.store.reader import Store
 from tracekit.store.recheck import checkers
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS, Spool, count_columns, prediction_columns, step_columns
+from tracekit.store.sums import checksum
 
 if TYPE_CHECKING:
     import polars as pl
 
 PART_ROWS = 2_000_000
 """Routing rows of a part file: one row group, a few tens of MB in memory."""
+
+GROUP_ROWS = 4 * PART_ROWS
+"""Routing rows after which an ingest that can be resumed commits the files that it has read."""
+
+UNCHECKED = Finding(
+    "warning",
+    "not-checked",
+    "the latest requests",
+    "an ingest did not end",
+    "none known: what the check would have found in them is not said here",
+    "Run it again with --resume",
+)
+"""What a trace has that is being added to by an ingest that can be resumed."""
 
 _TRANSPOSE_TOKENS = 512
 _WRITERS = 2
@@ -79,12 +93,15 @@ def ingest(
     layers: Sequence[int] | None = None,
     append: bool = False,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> TraceInfo:
     """Read a trace from engine output, check it, and commit it to a store.
 
     The store is created if it is not there. It is changed by a single rename at the end: whatever happens before,
-    it stays as it was.
+    it stays as it was. With ``resume`` it is changed file by file.
+
+    What the trace has already is left out, by content, under whatever name it comes.
 
     Parameters
     ----------
@@ -122,6 +139,9 @@ def ingest(
         Add requests to an existing trace of that name.
     force
         Replace an existing trace of that name.
+    resume
+        Create the trace, or go on with it: read the files that it does not have, and commit now and then after a file,
+        so that an ingest that is killed can go on there.
     progress
         Called now and then with bytes read, bytes in all, and tokens so far.
 
@@ -142,7 +162,13 @@ def ingest(
         raise UsageError("no source given")
     root = Path(store)
     trace_name = name if name is not None else default_name(paths[0])
-    check_words(trace_name, append=append, force=force)
+    check_words(trace_name, append=append, force=force, resume=resume)
+    if resume and requests is not None:
+        raise UsageError(
+            "--resume with --requests, which has an entry for every request",
+            expected="sources that can be read in several goes",
+            remedy="Label with --label and --label-fields, or add each batch of files with --append and its --requests",
+        )
     options = reading_options(
         config=config,
         num_experts=num_experts,
@@ -160,10 +186,10 @@ def ingest(
     return _store_trace(
         root,
         trace_name,
-        lambda: open_mended(paths, options, mends),
-        [p.name for p in paths],
+        lambda known: open_mended(paths, options, mends, known),
         append=append,
         force=force,
+        resume=resume,
         phase=phase,
         progress=progress,
     )
@@ -200,22 +226,27 @@ def reading_options(
     return options
 
 
-def open_mended(paths: Sequence[Path], options: IngestOptions, mends: Mends) -> Stream:
-    """Open files and folders as one trace, with the mends that were asked for."""
-    source = open_source(paths, options)
-    return source if mends == Mends() else Mended(source, mends)
+def open_mended(
+    paths: Sequence[Path], options: IngestOptions, mends: Mends, known: Iterable[SourceFile] | None = None
+) -> Stream:
+    """Open files and folders as one trace, with the mends that were asked for; ``known`` as in `open_source`."""
+    source = open_source(paths, options, known)
+    return source if mends == Mends() or source.empty else Mended(source, mends)
 
 
 class _Given:
     """A trace that is made as it is written: what `open_source` returns for one that is read."""
 
     done_bytes = total_bytes = 0
+    empty, left_out = False, ()
 
-    def __init__(self, meta: TraceMeta, requests: Iterable[Request], notes: Sequence[str]) -> None:
+    def __init__(
+        self, meta: TraceMeta, requests: Iterable[Request], notes: Sequence[str], sources: Sequence[str]
+    ) -> None:
         self.meta, self.notes = meta, notes
-        self._requests = requests
+        self._requests, self._sources = requests, sources
 
-    def requests(self) -> Iterator[Request | Histogram]:
+    def records(self) -> Iterator[Request | Histogram | SourceFile]:
         layers, top_k, experts = len(self.meta.layers), self.meta.top_k, self.meta.num_experts
         for request in self._requests:
             ids = request.ids
@@ -233,6 +264,7 @@ class _Given:
                         expected=f"[{len(ids)}, {layers}, m] below {experts}",
                     )
             yield request
+        yield from map(SourceFile, self._sources)
 
 
 def write_trace(
@@ -278,11 +310,11 @@ def write_trace(
         The name exists, the directory is not a store, or it cannot be written.
     """
     check_words(name, append=append, force=force)
-    given = _Given(meta, requests, notes)
-    return _store_trace(Path(store), name, lambda: given, list(sources), append=append, force=force)
+    given = _Given(meta, requests, notes, sources)
+    return _store_trace(Path(store), name, lambda _: given, append=append, force=force)
 
 
-def check_words(name: str | None, *, append: bool, force: bool) -> None:
+def check_words(name: str | None, *, append: bool, force: bool, resume: bool = False) -> None:
     """Refuse a name, if it is known already, and intentions that no store could take.
 
     Raises
@@ -290,8 +322,9 @@ def check_words(name: str | None, *, append: bool, force: bool) -> None:
     UsageError
         The name is blank, or a trace is to be both added to and replaced.
     """
-    if append and force:
-        raise UsageError("--append and --force exclude each other")
+    given = [f"--{word}" for word, there in (("append", append), ("force", force), ("resume", resume)) if there]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other")
     if name is not None and not name.strip():
         raise UsageError(f"the name {name!r}", expected="a name that can be seen")
 
@@ -332,53 +365,71 @@ def _existing(traces: list[TraceInfo], root: Path, name: str, *, append: bool, f
 def _store_trace(
     root: Path,
     name: str,
-    open_trace: Callable[[], Stream | _Given],
-    sources: list[str],
+    open_trace: Callable[[tuple[SourceFile, ...]], Stream | _Given],
     *,
     append: bool,
     force: bool,
+    resume: bool = False,
     phase: Phase | None = None,
     progress: Progress | None = None,
 ) -> TraceInfo:
     """Write one trace as a segment and commit it; the store is as it was before if anything fails.
 
-    What is appended to is checked again, from its rows: copies, shares and statistics are those of all requests.
+    An ingest that can be resumed writes and commits several segments. What is added to is checked again, from its rows:
+    copies, shares and statistics are those of all requests.
     """
-    with _writable_store(root) as traces:
-        existing = _existing(traces, root, name, append=append, force=force)
-        source = open_trace()
-        if append and existing:
-            _check_same_shape(existing, source.meta)
-        base = existing if append else None
-        before = checkers(Store(root), base) if base else []
-        writer = _SegmentWriter(root, source.meta, base)
-        checker = Checker(source.meta, released_top_k(source.meta), released_experts(source.meta), phase)
-        with writer, ThreadPoolExecutor(1, thread_name_prefix="tracekit-check") as pool:
-            requests = source.requests()
-            # A trace that is made as it is written stays in this thread: models keep state there.
-            for request in requests if isinstance(source, _Given) else ahead(requests):
-                writer.add(request)
-                checker.add(request)
-                if progress:
-                    progress(source.done_bytes, source.total_bytes, writer.tokens)
-            notes = tuple(dict.fromkeys([*(base.notes if base else ()), *source.notes]))
-            found = pool.submit(findings_of_parts, [*before, checker], notes)  # while the last part is written
-            segment = writer.finish(sources)
-        meta = base.meta if base else source.meta
-        meta = replace(meta, drafts_included=meta.drafts_included or segment.has_steps)
-        said = [f for f in base.findings if f.finding in OF_INGEST] if base else []
-        findings = tuple(ordered([*said, *found.result()]))
+    with writable_store(root) as traces:
+        existing = _existing(traces, root, name, append=append, force=force or resume)
+        base = None if force else existing
+        source = open_trace(base.sources if base else ())
         if base:
-            segments = (*base.segments, segment)
-            trace = replace(base, meta=meta, segments=segments, notes=notes, findings=findings)
-        else:
-            trace = TraceInfo(name, meta, _now(), (segment,), notes, findings)
-        committed = [trace if t.name == name else t for t in traces]
-        if existing is None:
-            committed.append(trace)
-        write_manifest(root, committed)
-        sweep(root, committed)
-    return trace
+            if source.empty:
+                return _unchanged(root, traces, base, source.left_out)
+            _check_same_shape(base, source.meta)
+        before = checkers(Store(root), base) if base else []
+        said = [f for f in base.findings if f.finding in OF_INGEST] if base else []
+        known = _request_ids(root, base) if base else set[str]()
+        checker = Checker(source.meta, released_top_k(source.meta), released_experts(source.meta), phase)
+        trace, tokens = base, 0
+        # A trace that is made as it is written stays in this thread: models keep state there.
+        records = source.records() if isinstance(source, _Given) else ahead(source.records())
+        record = next(records, None)
+        while record is not None:
+            writer = _SegmentWriter(root, source.meta, trace.requests if trace else 0, known)
+            with writer, ThreadPoolExecutor(1, thread_name_prefix="tracekit-check") as pool:
+                while record is not None and not (resume and writer.full and not isinstance(record, SourceFile)):
+                    if isinstance(record, SourceFile):
+                        writer.end_file(record)
+                    else:
+                        writer.add(record)
+                        checker.add(record)
+                    if progress:
+                        progress(source.done_bytes, source.total_bytes, tokens + writer.tokens)
+                    record = next(records, None)
+                notes = tuple(dict.fromkeys([*(base.notes if base else ()), *source.notes]))
+                if record is None:  # the check of all, while the last part is written
+                    found = pool.submit(findings_of_parts, [*before, checker], notes)
+                segment = writer.finish()
+                findings = ordered([*said, *(found.result() if record is None else [UNCHECKED])])
+            tokens += writer.tokens
+            trace = trace or TraceInfo(name, source.meta, _now(), ())
+            meta = replace(trace.meta, drafts_included=trace.meta.drafts_included or segment.has_steps)
+            segments = (*trace.segments, segment)
+            trace = replace(trace, meta=meta, segments=segments, notes=notes, findings=tuple(findings))
+            write_manifest(root, with_trace(traces, trace))
+        if trace is None or trace is base:
+            raise SourceError("no requests found in the source")
+    return replace(trace, notes=(*trace.notes, *source.left_out))
+
+
+def _unchanged(root: Path, traces: list[TraceInfo], trace: TraceInfo, notes: Sequence[str]) -> TraceInfo:
+    """Return a trace that has all the sources, with what is to be said about them; check what an ingest left."""
+    if UNCHECKED in trace.findings:
+        said = [f for f in trace.findings if f.finding in OF_INGEST]
+        found = findings_of_parts(checkers(Store(root), trace), trace.notes)
+        trace = replace(trace, findings=tuple(ordered([*said, *found])))
+        write_manifest(root, with_trace(traces, trace))
+    return replace(trace, notes=(*trace.notes, *notes, "nothing is new: no request was added"))
 
 
 def default_name(path: Path) -> str:
@@ -423,7 +474,7 @@ def _refuse_other(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writable_store(root: Path) -> Iterator[list[TraceInfo]]:
+def writable_store(root: Path) -> Iterator[list[TraceInfo]]:
     """Lock the store, creating it if need be; a store that was created here and stays empty is removed again."""
     created = not root.exists()
     _refuse_other(root)
@@ -441,7 +492,7 @@ def _writable_store(root: Path) -> Iterator[list[TraceInfo]]:
         if isinstance(error, TracekitError):
             raise
         raise StoreError(
-            f"cannot be written ({error.strerror or error})", where=str(root), remedy="The store is as it was before"
+            f"cannot be written ({error.strerror or error})", where=str(root), remedy="What was committed to it is safe"
         ) from error
 
 
@@ -494,6 +545,9 @@ class _Buffers:
         return len(self.pos)
 
 
+_Written = tuple[str, tuple[str, str]]
+
+
 class _Part:
     """The rows of a part file, in the layout of the file: one contiguous column per rank."""
 
@@ -516,8 +570,8 @@ class _Part:
         self.blocks.append(block)
         self.rows += block.rows
 
-    def write(self, path: Path) -> str:
-        """Write the file and return the digest of its ids and weights."""
+    def write(self, path: Path) -> _Written:
+        """Write the file and return the digest of its ids and weights, and the checksums of each."""
         import polars as pl
 
         columns: dict[str, Any] = {
@@ -536,13 +590,17 @@ class _Part:
         if not all(known):
             there = pl.Series(np.repeat(known, [block.rows for block in self.blocks]))
             columns["decode"] = pl.select(pl.when(there).then(pl.Series(columns["decode"]))).to_series()
+        routing = {
+            f"{letter}{rank}": column
+            for letter, values in (("e", self.ids), ("w", self.weights))
+            for rank, column in enumerate(() if values is None else values[:, : self.rows])
+        }
+        write_parquet(pl.DataFrame(columns | routing), path)
+        sums = tuple(checksum(c for name, c in routing.items() if name[0] == letter) for letter in "ew")
         digest = hashlib.sha256()
-        for letter, values in (("e", self.ids), ("w", self.weights)):
-            for rank, column in enumerate(() if values is None else values[:, : self.rows]):
-                columns[f"{letter}{rank}"] = column
-                digest.update(column.data)
-        _write_parquet(pl.DataFrame(columns), path)
-        return digest.hexdigest()
+        for column in routing.values():
+            digest.update(column.data)
+        return digest.hexdigest(), (sums[0], sums[1])
 
 
 def _fill(out: NDArray[Any], values: NDArray[Any]) -> None:
@@ -562,17 +620,23 @@ class _SegmentWriter:
 
     root: Path
     meta: TraceMeta
-    base: TraceInfo | None
+    first: int
+    """Number of the first request."""
+    known: set[str]
+    """Ids of the trace's requests so far; those of new ones are added."""
     tokens: int = 0
     _part: _Part | None = None
     _spare: list[_Buffers] = field(default_factory=list)
     """Those of parts that are written, to be used again."""
     _parts: list[int] = field(default_factory=list)
-    _pending: list[Future[str]] = field(default_factory=list)
-    _digests: list[str] = field(default_factory=list)
+    _pending: list[Future[_Written]] = field(default_factory=list)
+    _written: list[_Written] = field(default_factory=list)
     _request_rows: list[dict[str, Any]] = field(default_factory=list)
     _runs: list[NDArray[np.int64]] = field(default_factory=list)
     _token_ids: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
+    _sources: list[SourceFile] = field(default_factory=list)
+    _at_end: bool = False
+    """Whether the last thing that was taken is the end of a file."""
     _has_weights: bool = False
     _predicted: int = 0
     """m of the predictions so far; 0: none."""
@@ -580,8 +644,6 @@ class _SegmentWriter:
     def __post_init__(self) -> None:
         self.id = uuid.uuid4().hex
         self.directory = self.root / SEGMENTS / self.id
-        self._first = self.base.requests if self.base else 0
-        self._known = _request_ids(self.root, self.base) if self.base else set()
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="tracekit-write")
         self._steps, self._counts = Spool(self.directory / STEPS), Spool(self.directory / COUNTS)
         self._predictions = Spool(self.directory / PREDICTED)
@@ -595,7 +657,8 @@ class _SegmentWriter:
 
     def add(self, request: Request | Histogram) -> None:
         """Take one request, or one record of counts; its arrays are copied."""
-        index = self._first + len(self._request_rows)
+        self._at_end = False
+        index = self.first + len(self._request_rows)
         if isinstance(request, Histogram):
             self._add_counts(index, request)
             return
@@ -659,22 +722,31 @@ class _SegmentWriter:
         self._request_rows.append(dict.fromkeys(_requests_schema()) | known)
         self.tokens += tokens or 0
 
-    def finish(self, sources: list[str]) -> Segment:
+    def end_file(self, file: SourceFile) -> None:
+        """Note that all requests of a file were taken."""
+        self._sources.append(file)
+        self._at_end = True
+
+    @property
+    def full(self) -> bool:
+        """Whether this is enough for a segment: whole files with ``GROUP_ROWS`` rows."""
+        return self._at_end and sum(self._parts) + (self._part.rows if self._part else 0) >= GROUP_ROWS
+
+    def finish(self) -> Segment:
         """Write what is left and make the segment durable; the caller commits it."""
         import polars as pl
 
         if not self._request_rows:
             raise SourceError("no requests found in the source")
         self._flush()
-        for future in self._pending:
-            self._digests.append(future.result())
+        written = self._written + [future.result() for future in self._pending]
         schema = _requests_schema() | ({"n_tokens": pl.UInt64} if self._counts.rows else {})
         requests = pl.DataFrame(self._request_rows, schema=schema)
-        _write_parquet(requests, self.directory / "requests.parquet")
+        write_parquet(requests, self.directory / "requests.parquet")
         runs = np.concatenate(self._runs) if self._runs else np.zeros((0, 6), np.int64)
         schema = _runs_schema()
         frame = pl.DataFrame({column: runs[:, i] for i, column in enumerate(schema)}, schema=schema)
-        _write_parquet(frame, self.directory / "runs.parquet")
+        write_parquet(frame, self.directory / "runs.parquet")
         if self._token_ids:
             numbers, positions, ids = zip(*self._token_ids, strict=True)
             columns = {
@@ -683,15 +755,12 @@ class _SegmentWriter:
                 "token_id": np.concatenate(ids),
             }
             frame = pl.DataFrame(columns, schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64})
-            _write_parquet(frame, self.directory / "tokens.parquet")
-        self._digests += [spool.finish() for spool in (self._steps, self._counts, self._predictions) if spool.rows]
-        for path in self.directory.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(self.directory)
-        sync_directory(self.directory.parent)
+            write_parquet(frame, self.directory / "tokens.parquet")
+        digests = [part for part, _ in written]
+        digests += [spool.finish() for spool in (self._steps, self._counts, self._predictions) if spool.rows]
+        sync_segment(self.directory)
         digest = hashlib.sha256()
-        for part in self._digests:
+        for part in digests:
             digest.update(part.encode())
         for row in self._request_rows:
             digest.update(json.dumps([row[k] for k in ("request_id", "label", "decode_start")]).encode())
@@ -703,24 +772,25 @@ class _SegmentWriter:
             tokens=self.tokens,
             rows=sum(self._parts),
             parts=tuple(self._parts),
+            sums=tuple(sums for _, sums in written),
             decode_tokens=sum(row["n_decode"] or 0 for row in self._request_rows),
             prefill_tokens=sum(r["n_tokens"] - r["n_decode"] for r in self._request_rows if r["n_decode"] is not None),
             has_weights=self._has_weights,
             has_token_ids=bool(self._token_ids),
             has_steps=bool(self._steps.rows),
             predicted=self._predicted,
-            sources=tuple(sources),
+            sources=tuple(self._sources),
         )
 
     def _claim(self, request: Request | Histogram) -> str:
         request_id = request.request_id
-        if request_id in self._known:
+        if request_id in self.known:
             raise SourceError(
                 f"request {request_id!r} is in the trace already",
                 where=request.where,
                 remedy="Rename it, or replace the trace with --force",
             )
-        self._known.add(request_id)
+        self.known.add(request_id)
         return request_id
 
     def _buffers(self, rows: int) -> _Buffers:
@@ -741,17 +811,17 @@ class _SegmentWriter:
             self._runs.append(block.runs(number, row))
             row += block.rows
         if len(self._pending) >= _WRITERS:
-            self._digests.append(self._pending.pop(0).result())
+            self._written.append(self._pending.pop(0).result())
         self._pending.append(self._pool.submit(self._write, part, self.directory / part_name(number)))
         self._parts.append(part.rows)
 
-    def _write(self, part: _Part, path: Path) -> str:
-        digest = part.write(path)
+    def _write(self, part: _Part, path: Path) -> _Written:
+        written = part.write(path)
         self._spare.append(part.buffers)
-        return digest
+        return written
 
 
-def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
+def write_parquet(frame: pl.DataFrame, path: Path) -> None:
     """Write a frame as one row group; a disk that is full is an OSError, whatever Polars calls it."""
     import polars as pl
 
