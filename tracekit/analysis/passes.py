@@ -5,11 +5,11 @@ The heavy modules are imported here, by the pass that needs them: a result that 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tracekit.execution import Running, current, on_this_machine
 from tracekit.metrics.state import Spec
 from tracekit.store import Store, TraceInfo
 
@@ -20,18 +20,27 @@ Pass = Callable[[Store, TraceInfo, "pl.DataFrame", Spec], Any]
 """Takes a trace, its requests in order and what is to be measured."""
 
 
-def threads() -> int:
-    """Return the threads that a pass uses: the processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def local() -> Running:
+    """Return how a pass is run that cannot be cut into parts, whose sums are merged.
+
+    Raises
+    ------
+    UsageError
+        It is to be run on a cluster.
+    """
+    if current().engine != "local":
+        raise on_this_machine()
+    return current()
 
 
 def routing(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
-    """Read the routing rows: a ``Measurement``, or ``Counted`` of a trace that holds counts only."""
+    """Read the routing rows that no kept sums have: a ``Measurement``, or ``Counted`` of a trace of counts only."""
+    from tracekit.analysis.summing import sums
     from tracekit.metrics.measurement import Counted, Measurement
 
     if info.meta.histogram:
         return Counted(info.meta, requests, spec, partial(store.counts, info))
-    return Measurement.read(info.meta, requests, spec, store.columns(info), threads())
+    return Measurement(info.meta, spec, sums(store, info, requests, spec))
 
 
 def weights(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
@@ -41,8 +50,8 @@ def weights(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -
     assert isinstance(spec, BudgetSpec)
     if spec.steps:
         there = with_steps(store, info, requests)
-        return Budgets(info.meta, there, spec, store.steps(info, weights=True), threads())
-    return Budgets(info.meta, requests, spec, store.blocks(info, weights=True), threads())
+        return Budgets(info.meta, there, spec, store.steps(info, weights=True), local().threads)
+    return Budgets(info.meta, requests, spec, store.blocks(info, weights=True), local().threads)
 
 
 def with_steps(store: Store, info: TraceInfo, requests: pl.DataFrame) -> pl.DataFrame:
@@ -58,7 +67,7 @@ def steps(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> 
     from tracekit.metrics.verification import Verification
 
     there = with_steps(store, info, requests)
-    return Verification(info.meta, there, spec, store.steps(info), partial(store.columns, info), threads())
+    return Verification(info.meta, there, spec, store.steps(info), partial(store.columns, info), local().threads)
 
 
 def caches(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
@@ -67,7 +76,7 @@ def caches(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) ->
     from tracekit.metrics.caches import Caches
 
     assert isinstance(spec, CacheSpec)
-    return Caches(info.meta, requests, spec, store.blocks(info), threads())
+    return Caches(info.meta, requests, spec, store.blocks(info), local().threads)
 
 
 def prefetch(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
@@ -80,7 +89,7 @@ def prefetch(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) 
     tokens = token_rows(store, info) if any(name in BY_TOKEN for name, _ in spec.predictors) else None
     rows = prediction_rows(store, info, [(name, distance) for name, distance, _ in spec.recorded])
     blocks = partial(store.blocks, info, weights=spec.weights)
-    return Prefetch(info.meta, requests, spec, blocks, threads(), tokens, rows)
+    return Prefetch(info.meta, requests, spec, blocks, local().threads, tokens, rows)
 
 
 def locality(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) -> Any:
@@ -88,7 +97,7 @@ def locality(store: Store, info: TraceInfo, requests: pl.DataFrame, spec: Spec) 
     from tracekit.metrics.locality import Locality, LocalitySpec
 
     assert isinstance(spec, LocalitySpec)
-    return Locality(info.meta, requests, spec, store.blocks(info), threads())
+    return Locality(info.meta, requests, spec, store.blocks(info), local().threads)
 
 
 PASSES: dict[str, Pass] = {

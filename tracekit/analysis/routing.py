@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tracekit.analysis.ensure import StoreLike, as_store, check_tokens, ensure, shown, warn_of
-from tracekit.analysis.passes import threads
 from tracekit.analysis.wants import MAX_LAG, MAX_WINDOW
 from tracekit.errors import TracekitWarning
 from tracekit.metrics.state import Spec, caveats, resolve_phase
@@ -33,7 +32,9 @@ def measure(
     intervals: bool = True,
     seed: int = 0,
 ) -> Measurement:
-    """Read one trace once and return the sums that windows, autocorrelation, attribution and load come from.
+    """Return the sums that windows, autocorrelation, attribution and load of one trace come from.
+
+    Its rows are read once, or not again where their sums are kept.
 
     Parameters
     ----------
@@ -65,6 +66,7 @@ def measure(
     UnsupportedError
         The trace cannot answer, with the reason.
     """
+    from tracekit.analysis.summing import sums
     from tracekit.metrics.measurement import Measurement
 
     store = as_store(store)
@@ -85,7 +87,7 @@ def measure(
     )
     for note in caveats(requests, spec):
         warnings.warn(note, TracekitWarning, stacklevel=2)
-    return Measurement.read(info.meta, requests, spec, store.columns(info), threads())
+    return Measurement(info.meta, spec, sums(store, info, requests, spec))
 
 
 def windows(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.errors import UnsupportedError, UsageError
+from tracekit.execution import check_state
 from tracekit.schema import GROUPINGS, PHASES, By, Phase, TraceMeta
 
 if TYPE_CHECKING:
@@ -27,16 +28,13 @@ if TYPE_CHECKING:
     from tracekit.store import Block, Columns
 
 MAX_GROUPS = 200
-"""Jackknife groups at most; more requests than that are dealt out in the order of a hash of their ids."""
+"""Jackknife groups at most; of more requests than that, each goes where a hash of its id says."""
 
 MIN_REQUESTS = 5
 """Requests below which there is no interval."""
 
 ROUGH_REQUESTS = 30
 """Requests below which an interval is rough."""
-
-MAX_STATE_BYTES = 4 << 30
-"""Memory that the sums of one pass may take."""
 
 _NO_LABEL = "(none)"
 
@@ -210,11 +208,17 @@ def caveats(requests: pl.DataFrame, spec: Spec) -> list[str]:
 
 
 def deal(request_ids: Sequence[str], seed: int) -> dict[str, int]:
-    """Deal requests out to at most ``MAX_GROUPS`` jackknife groups: one each, or in the order of a seeded hash."""
+    """Deal requests out to jackknife groups 0 .. G - 1: one each up to ``MAX_GROUPS``, else by a hash of seed and id.
+
+    Requests that are together stay together when others are added. G counts the groups that got some: about 127 with
+    201 requests, 173 with 400, and all 200 with 2,000.
+    """
     ids = list(request_ids)
-    if len(ids) > MAX_GROUPS:
-        ids.sort(key=lambda i: hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest())
-    return {request_id: i % MAX_GROUPS for i, request_id in enumerate(ids)}
+    if len(ids) <= MAX_GROUPS:
+        return {request_id: i for i, request_id in enumerate(ids)}
+    hashes = (hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest() for i in ids)
+    _, group = np.unique([int.from_bytes(h, "big") % MAX_GROUPS for h in hashes], return_inverse=True)
+    return dict(zip(ids, group.tolist(), strict=True))
 
 
 def _index(keys: NDArray[np.int64], active: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -259,7 +263,7 @@ class State:
         Raises
         ------
         UsageError
-            The state would need more than 4 GiB.
+            The state would need more memory than it may take, by default 4 GiB.
         """
         c, cc, n_layers = len(cells.cell_group), len(cells.count_label), len(meta.layers)
         windows, lags = (c, n_layers, spec.max_window), (c, n_layers, spec.max_lag)
@@ -271,12 +275,8 @@ class State:
             + cc * n_layers * float(meta.num_experts + spec.max_window)
             + 2 * np.prod(per_expert, dtype=float)
         )
-        if size > MAX_STATE_BYTES:
-            raise UsageError(
-                f"these metrics need {size / 2**30:.0f} GiB of memory",
-                expected=f"at most {MAX_STATE_BYTES / 2**30:.0f}",
-                remedy="Lower --max-window or --max-lag, leave out batch sizes above 1, or use --no-intervals",
-            )
+        remedy = "Lower --max-window or --max-lag, leave out batch sizes above 1, or use --no-intervals"
+        check_state(size, "these metrics need", remedy)
         return cls(
             n_windows=np.zeros(windows, np.int64),
             union_sum=np.zeros(windows, np.int64),
