@@ -211,6 +211,9 @@ def test_a_hostile_name_is_data_in_the_chart() -> None:
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(UsageError, match="17 designs"):
         charts.design(tk.design(LAW, vary={"k": range(1, 18)}, batch_size=1))
+    frame = tk.design(LAW, vary={"k": (2,)})
+    with pytest.raises(UsageError, match="designs of 2 traces"):
+        charts.design(pl.concat([frame.with_columns(trace=pl.lit(name)) for name in "ab"]))
     with pytest.raises(UsageError, match=r"the frame of tk\.design"):
         charts.design(pl.DataFrame({"trace": ["a"], "phase": ["decode"]}))
     with pytest.raises(UnsupportedError, match="no rows"):

@@ -113,7 +113,7 @@ def test_a_machine_is_known_by_its_name_or_made_of_figures():
     assert hardware(bandwidth=1e12, flops=1e14, launch=1e-6) == Hardware("custom", 1e12, 1e14, launch=1e-6)
     assert hardware("m3-ultra", flops=2e13).bandwidth == 819e9
     for wrong, said in (
-        ({"name": "h10"}, "did you mean 'h100'"),
+        ({"name": "h10"}, "Did you mean 'h100'?"),
         ({"bandwidth": 1e12}, "without flops"),
         ({}, "without bandwidth and flops"),
         ({"name": "m3-ultra"}, "no bf16 FLOP per second is known"),

@@ -168,6 +168,9 @@ def test_what_the_trace_cannot_answer_is_refused_with_how_much_there_is(store: t
         ask(store, folder, batch_size=9, drafts=3)
     with pytest.raises(UnsupportedError, match="no request has 21 consecutive decode tokens: the longest run has 12"):
         ask(store, folder, drafts=20)
+    # Seven requests have 12 tokens: as many windows of 12, and none of 21.
+    with pytest.raises(UnsupportedError, match="the trace has 7 such windows per layer, and 0 of 21"):
+        ask(store, folder, drafts=20)
     defaults = ask(store, folder, batch_size=None, drafts=None)
     assert defaults["batch_size"].max() == 8
     assert defaults.filter(batch_size=8)["drafts"].to_list() == [1, 2, 3, 4]
@@ -186,6 +189,7 @@ def test_contradictions_and_other_models_are_refused(store: tk.Store, folder: Pa
         ({"draft_cost": -0.1}, "0 or more"),
         ({"bandwidth": 0}, "bandwidth of 0"),
         ({"flops": None}, "without flops"),
+        ({"flops": None, "bandwidth": None}, "Name it with hardware"),
         ({"hardware": hardware("h100")}, "figures beside a Hardware"),
         ({"batch_size": []}, "whole numbers"),
         ({"drafts": [0]}, "whole numbers"),
@@ -398,7 +402,7 @@ def test_the_verb_exports_every_column_and_draws(capsys: pytest.CaptureFixture[s
         (("--amdahl", "--batch-size", "4"), 2, "--batch-size says nothing to --amdahl"),
         (("--acceptance-rate", "1.5"), 2, "expected 0 to 1"),
         (("--acceptance-rate", ".5", "--acceptance-length", "2"), 2, "expected one of the two"),
-        (("--hardware", "h10"), 2, "did you mean 'h100'"),
+        (("--hardware", "h10"), 2, "Did you mean 'h100'?"),
         (("--overhead", "-1"), 2, "overhead of -1 seconds"),
         (("--batch-size", "64"), 1, "fewer than 64 requests have one"),
         (("--drafts", "50"), 1, "the longest run has 12"),

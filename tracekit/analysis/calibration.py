@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from tracekit.analysis import gains
+from tracekit.analysis.answers import digest, keep, setting_of
 from tracekit.analysis.ensure import StoreLike, as_store, ensure
 from tracekit.economics.acceptance import Acceptance
 from tracekit.economics.acceptance import acceptance_rate as acceptance_rate_of
@@ -18,6 +19,7 @@ from tracekit.economics.calibration.result import Calibration, calibrated
 from tracekit.economics.cost import CONTEXT, CostModel
 from tracekit.economics.speedup import Unions
 from tracekit.errors import UnsupportedError, UsageError
+from tracekit.metrics.state import resolve_phase
 from tracekit.schema import Phase
 from tracekit.store import Store, TraceInfo
 
@@ -95,6 +97,8 @@ def calibrate(
     UsageError
         An argument is out of range, two contradict each other, or the model is not the one that was traced.
     """
+    import polars as pl
+
     held = [hold] if isinstance(hold, str) else list(hold)
     for name in held:
         if name not in HOLDABLE:
@@ -122,7 +126,20 @@ def calibrate(
     costs = _costs(info, points.cells, cost) if machine else None
     said = [(c.acceptance_length, c.drafts) for c in benchmark.cells if c.acceptance_length is not None]
     rate = float(np.mean([acceptance_rate_of(*pair) for pair in said])) if said else None
-    return calibrated(points, costs, hold=held, draft_cost=draft_cost, acceptance_rate=rate, notes=notes)
+    found = calibrated(points, costs, hold=held, draft_cost=draft_cost, acceptance_rate=rate, notes=notes)
+    asked = {
+        "measured": digest(points.cells),
+        "acceptance_rate": acceptance_rate,
+        "acceptance_length": acceptance_length,
+        "at_drafts": at_drafts,
+        "draft_cost": draft_cost,
+        "hold": held,
+        "phase": resolve_phase(store.requests(info), phase),
+        **setting_of(None if costs is None else costs[0], cost),
+    }
+    for kind, frame in (("calibration", found.parameters), ("calibration_points", found.points)):
+        keep(store, info, kind, frame.with_columns(phase=pl.lit(asked["phase"])), **asked)
+    return found
 
 
 def _points(store: Store, info: TraceInfo, phase: Phase | None, benchmark: Benchmark) -> tuple[Points, list[str]]:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.analysis.answers import keep
 from tracekit.analysis.ensure import StoreLike, as_store, check_tokens, warn_of
-from tracekit.analysis.passes import threads, with_steps
+from tracekit.analysis.passes import local, with_steps
 from tracekit.analysis.wants import WINDOW
 from tracekit.errors import StoreError, TracekitWarning, UsageError
 from tracekit.metrics.state import MIN_REQUESTS, ROUGH_REQUESTS, Cells, Spec, deal, phase_tokens, resolve_phase
 from tracekit.schema import Phase
 from tracekit.store import Store, TraceInfo
+from tracekit.store.answers import MODELLED
 from tracekit.store.runs import Runs
 
 if TYPE_CHECKING:
@@ -138,11 +140,12 @@ def compare(
     if shared is not None and _alike(a, b):  # without any token that both route, no rows
         rows += [_row(*entry, True) for entry in _agreement(a, b, deal(shared, seed), intervals)]
     fixed = {"trace_a": a.info.name, "trace_b": b.info.name, "phase_a": a.phase, "phase_b": b.phase}
-    schema: dict[str, Any] = dict.fromkeys([*fixed, "section", "metric", "at"], pl.String)
-    schema |= dict.fromkeys(("a", "a_lo", "a_hi", "b", "b_lo", "b_hi", "difference", "lo", "hi"), pl.Float64)
-    schema |= dict.fromkeys(("paired", "differs"), pl.Boolean)
-    frame = pl.DataFrame([fixed | row for row in rows], schema=schema)
-    return frame.with_columns(pl.col(pl.Float64).fill_nan(None))
+    schema = {"trace_a": pl.String} | {n: getattr(pl, t) for n, t in MODELLED["compare"].items()}
+    frame = pl.DataFrame([fixed | row for row in rows], schema=schema).with_columns(pl.col(pl.Float64).fill_nan(None))
+    asked = {"window": length, "batch_size": list(batch_size), "paired": shared is not None}
+    asked |= {"phase_a": a.phase, "phase_b": b.phase, "intervals": intervals, "seed": seed}
+    keep(a.store, a.info, "compare", frame, content_b=b.info.content, **asked)
+    return frame
 
 
 def _named(
@@ -272,7 +275,7 @@ def _headlines(
             side.phase, max_window=window, max_lag=max(lags), batches=bool(batch_sizes), intervals=intervals, seed=seed
         )
         columns = side.store.columns(side.info)
-        measured.append(Measurement.read(side.info.meta, side.requests, spec, columns, threads(), groups))
+        measured.append(Measurement.read(side.info.meta, side.requests, spec, columns, local().threads, groups))
     label = all(label_resolved(m, window) for m in measured)
     x, y = (headline(m, window, batch_sizes, lags, label=label) for m in measured)
     if a.info.meta.drafts_included and b.info.meta.drafts_included:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.analysis.answers import keep, setting_of
 from tracekit.analysis.ensure import StoreLike, as_store, ensure
 from tracekit.economics.acceptance import acceptance_length as length_of
 from tracekit.economics.cost import CONTEXT, CostModel
@@ -24,6 +25,8 @@ from tracekit.errors import TracekitWarning, UsageError
 from tracekit.metrics.state import MIN_REQUESTS, phase_tokens, resolve_phase
 from tracekit.schema import Phase
 from tracekit.sources.sizes import Model, load_model
+from tracekit.store import Store
+from tracekit.store.answers import MODELLED
 
 if TYPE_CHECKING:
     import polars as pl
@@ -109,7 +112,9 @@ def fit_law(
     source |= {"requests": len(lengths), "tokens": int(lengths.sum())}
     law = RoutingLaw(info.meta.num_experts, info.meta.top_k, tuple(map(fit_layer, targets)), source)
     held = batches.drop_nulls("observed").select("window", "batch_size", "observed").rows()
-    return with_figures(law, targets, {(window, batch_size): value for window, batch_size, value in held})
+    law = with_figures(law, targets, {(window, batch_size): value for window, batch_size, value in held})
+    keep(store, info, "law", fit(law), max_window=max_window, max_lag=max_lag, phase=phase)
+    return law
 
 
 def fit(law: RoutingLaw) -> pl.DataFrame:
@@ -233,7 +238,8 @@ def design(
         raise UsageError(f"an acceptance length of {acceptance_length:g}", expected=f"1 to {drafts + 1} tokens")
     if acceptance_rate is not None:
         acceptance_length = float(length_of(acceptance_rate, drafts))
-    law = _law_of(source, trace, phase)
+    law, store = _law_of(source, trace, phase)
+    axes = {name: tuple(values) for name, values in vary.items()}
     cost = None
     reference = Design(law.num_experts, law.top_k)
     if model is not None:
@@ -245,7 +251,7 @@ def design(
         )
     rows = compare(
         law,
-        designs(reference, {name: tuple(values) for name, values in vary.items()}, hold),
+        designs(reference, axes, hold),
         sizes,
         drafts + 1,
         cost=cost,
@@ -254,34 +260,30 @@ def design(
         draft_cost=drafts * draft_cost,
     )
     about = {"trace": law.source.get("trace"), "phase": law.source.get("phase"), "hold": hold}
-    return pl.DataFrame([about | row for row in rows], schema=_schema())
+    schema = {"trace": pl.String} | {n: getattr(pl, t) for n, t in MODELLED["design"].items()}
+    frame = pl.DataFrame([about | row for row in rows], schema=schema)
+    if store is not None:
+        asked = {
+            "vary": axes,
+            "hold": hold,
+            "batch_size": sizes,
+            "drafts": drafts,
+            "acceptance_length": acceptance_length,
+            "draft_cost": draft_cost,
+            "share": routed_share,
+        }
+        keep(store, store.trace(trace), "design", frame, **asked, phase=law.source["phase"], **setting_of(cost, {}))
+    return frame
 
 
-def _law_of(source: StoreLike | RoutingLaw, trace: str | None, phase: Phase | None) -> RoutingLaw:
+def _law_of(source: StoreLike | RoutingLaw, trace: str | None, phase: Phase | None) -> tuple[RoutingLaw, Store | None]:
+    """Return the law, and the store of the trace that it is fitted to here."""
     if isinstance(source, RoutingLaw):
-        return source
+        return source, None
     if isinstance(source, str | Path) and Path(source).is_file():
-        return load_law(source)
-    return fit_law(source, trace=trace, phase=phase)
-
-
-def _schema() -> dict[str, Any]:
-    """Return the columns of a frame of designs."""
-    import polars as pl
-
-    number, whole, text = pl.Float64, pl.Int64, pl.String
-    return {
-        **dict.fromkeys(("trace", "phase", "design", "hold"), text),
-        **dict.fromkeys(("num_experts", "top_k"), whole),
-        **dict.fromkeys(("shared_experts", "expert_size"), number),
-        "extrapolated": pl.Boolean,
-        **dict.fromkeys(("total_parameters", "active_parameters", "batch_size", "window"), whole),
-        **dict.fromkeys(("unique", "unique_single", "union_ratio", "union_ratio_uniform"), number),
-        **dict.fromkeys(("arithmetic_intensity", "routed_share", "verification_ratio"), number),
-        "regime": text,
-        **dict.fromkeys(("acceptance_length", "draft_cost", "speedup"), number),
-        "best_batch_size": whole,
-    }
+        return load_law(source), None
+    store = as_store(source)
+    return fit_law(store, trace=trace, phase=phase), store
 
 
 def _targets(

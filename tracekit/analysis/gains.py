@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
+from tracekit.analysis.answers import keep, setting_of, setting_of_model
 from tracekit.analysis.ensure import StoreLike, as_store, ensure
 from tracekit.analysis.wants import BATCH_SIZES, WINDOW
 from tracekit.economics.acceptance import Acceptance
@@ -141,6 +142,17 @@ def speedup(
     if draft_cost is not None and not 0 <= draft_cost < 1e6:
         raise UsageError(f"a draft cost of {draft_cost:g}", expected="0 or more steps of the target")
     drafter = None if draft_model is None else _model(draft_model, dense=True)
+    asked = {
+        "batch_size": sizes,
+        "drafts": lengths,
+        "acceptance_rate": acceptance_rate,
+        "acceptance_length": acceptance_length,
+        "at_drafts": at_drafts,
+        "draft_cost": draft_cost,
+        **({} if drafter is None else setting_of_model(drafter, "draft_")),
+        "intervals": intervals,
+        "seed": seed,
+    }
     frames = []
     for info, costs, ratios in _traces(store, trace, phase, sizes, lengths, intervals, seed, cost):
         accepted = given or accepted_of(store, info, phase)
@@ -149,13 +161,14 @@ def speedup(
             _warn(f"no acceptance rate is given, and trace {info.name!r} has none of its own: speedups are null")
         if draft is None and draft_cost is None:
             _warn("the drafts are taken as free: neither their cost nor the draft model is given")
+        gained = []
         for kind, unions in unions_of(store, info, ratios, phase, intervals, seed):
             kept = np.isin(unions.drafts, lengths or DRAFTS)
             if sizes:
                 kept &= np.isin(unions.batch_size, sizes)
             if given is None and accepted is not None and "steps" in kind:
                 accepted = replace(accepted, trees=_trees(store, info, phase, len(accepted.rates)))
-            frames.append(
+            gained.append(
                 _gains(costs, unions.only(kept), accepted, draft_cost or 0.0, draft).select(
                     pl.lit(info.name).alias("trace"),
                     pl.lit(ratios["phase"][0]).alias("phase"),
@@ -165,6 +178,8 @@ def speedup(
                     pl.lit(costs.hardware.name).alias("hardware"),
                 )
             )
+        frames.append(pl.concat(gained))
+        keep(store, info, "speedup", frames[-1], **asked, **_phase(ratios), **setting_of(costs, cost))
     return pl.concat(frames)
 
 
@@ -200,8 +215,9 @@ def step_time(
 
     store = as_store(store)
     sizes, lengths = _whole(batch_size, "batch sizes"), _whole(drafts, "drafts")
-    rows: list[dict[str, Any]] = []
+    frames = []
     for info, costs, ratios in _traces(store, trace, phase, sizes, lengths, False, 0, cost):
+        rows: list[dict[str, Any]] = []
         shown = [1, *(K + 1 for K in lengths or DRAFTS)]
         for row in ratios.filter(pl.col("window").is_in(shown)).iter_rows(named=True):
             parts = costs.parts(row["batch_size"], row["window"], row["unique"])
@@ -223,7 +239,10 @@ def step_time(
                 }
                 for part in parts
             ]
-    return pl.DataFrame(rows)
+        frames.append(pl.DataFrame(rows))
+        asked = {"batch_size": sizes, "drafts": lengths, **_phase(ratios)}
+        keep(store, info, "step_time", frames[-1], **asked, **setting_of(costs, cost))
+    return pl.concat(frames)
 
 
 def amdahl(
@@ -263,8 +282,9 @@ def amdahl(
     lengths = _whole(drafts, "drafts")
     if measured_ratio is not None and lengths is not None and len(lengths) > 1:
         raise UsageError(f"a measured ratio and {len(lengths)} draft lengths", expected="the one that it belongs to")
-    rows: list[dict[str, Any]] = []
+    frames = []
     for info, costs, ratios in _traces(store, trace, phase, [1], lengths, False, 0, cost):
+        rows: list[dict[str, Any]] = []
         most = int(ratios["window"].max())  # type: ignore[arg-type] # a number
         for K in lengths or [min(WINDOW, most) - 1]:
             row = ratios.row(by_predicate=pl.col("window") == K + 1, named=True)
@@ -273,9 +293,11 @@ def amdahl(
             measured = {"measured_ratio": measured_ratio}
             names = {"model": costs.model.name, "hardware": costs.hardware.name}
             rows.append(head | {"expert_ratio": row["ratio"]} | found | measured | names)
-    return pl.DataFrame(rows, schema_overrides={"measured_ratio": pl.Float64}).with_columns(
-        pl.col(pl.Float64).fill_nan(None)
-    )
+        frame = pl.DataFrame(rows, schema_overrides={"measured_ratio": pl.Float64})
+        frames.append(frame.with_columns(pl.col(pl.Float64).fill_nan(None)))
+        asked = {"drafts": lengths, "measured_ratio": measured_ratio, **_phase(ratios)}
+        keep(store, info, "amdahl", frames[-1], **asked, **setting_of(costs, cost))
+    return pl.concat(frames)
 
 
 def _traces(
@@ -481,6 +503,10 @@ def _whole(values: int | Iterable[int] | None, what: str) -> list[int] | None:
     if not numbers or numbers[0] < 1:
         raise UsageError(f"{what} {numbers}", expected="whole numbers from 1 on")
     return numbers
+
+
+def _phase(ratios: pl.DataFrame) -> dict[str, Any]:
+    return {"phase": ratios["phase"][0]}
 
 
 def _warn(note: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
-from tracekit.errors import UnsupportedError, UsageError
+from tracekit.errors import UnsupportedError, UsageError, did_you_mean
 from tracekit.metrics.prefetch import BUILT_IN, BY_LAYER, BY_TOKEN, PREVIOUS, TABLES
 from tracekit.store.predicted import recorded_predictors
 from tracekit.store.runs import Runs
@@ -44,7 +44,8 @@ def chosen_predictors(
         raise UsageError(wrong, expected="at least 1" if asked else "one of " + ", ".join(known))
     for name in asked:
         if name not in known:
-            raise UsageError(f"no predictor named {name!r}", expected="one of " + ", ".join(known))
+            expected = "one of " + ", ".join(known)
+            raise UsageError(f"no predictor named {name!r}", expected=expected, remedy=did_you_mean(name, known))
     built_in: list[tuple[str, int | None]] = []
     recorded: list[tuple[str, int, int]] = []
     for name in asked:

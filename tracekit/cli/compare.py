@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from tracekit.cli.analyses import window_option
+from tracekit.cli.completion import traces
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import store_argument, whole_numbers
+from tracekit.cli.options import running_options, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 from tracekit.reports.files import check_writable
 
@@ -24,8 +25,15 @@ from tracekit.reports.files import check_writable
 )
 @store_argument
 @click.argument("other", required=False, type=click.Path(path_type=Path))
-@click.option("--trace-a", metavar="NAME", help="The first trace. [default: the only one there is to choose]")
-@click.option("--trace-b", metavar="NAME", help="The second trace, of OTHER where that is given.")
+@click.option(
+    "--trace-a",
+    metavar="NAME",
+    shell_complete=traces,
+    help="The first trace. [default: the only one there is to choose]",
+)
+@click.option(
+    "--trace-b", metavar="NAME", shell_complete=traces, help="The second trace, of OTHER where that is given."
+)
 @click.option(
     "--phase",
     type=click.Choice(["decode", "prefill", "all"]),
@@ -55,6 +63,7 @@ from tracekit.reports.files import check_writable
 )
 @click.option("--no-intervals", is_flag=True, help="Leave the intervals out.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw it, too: .html, .png, .svg, .pdf or .json.")
+@running_options()
 @output_options
 def compare(
     store: Path, other: Path | None, no_intervals: bool, chart: Path | None, out: Output, **options: Any

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tracekit.cli.completion import machines, models
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.options import one_trace, store_argument, whole_numbers
@@ -106,8 +107,20 @@ def law(store: Path, output: Path | None, force: bool, fmt: str, quiet: bool, **
     show_default=True,
     help="Parameters of a MoE layer that the size of an expert keeps: those of one token, or all.",
 )
-@click.option("--model", metavar="NAME|CONFIG", help="The trace's model: see tracekit models, or its config.json.")
-@click.option("--hardware", metavar="NAME", default="h100", show_default=True, help="The machine, with --model.")
+@click.option(
+    "--model",
+    metavar="NAME|CONFIG",
+    shell_complete=models,
+    help="The trace's model: see tracekit models, or its config.json.",
+)
+@click.option(
+    "--hardware",
+    metavar="NAME",
+    default="h100",
+    show_default=True,
+    shell_complete=machines,
+    help="The machine, with --model.",
+)
 @click.option(
     "--routed-share",
     type=click.FloatRange(0, 1),

@@ -8,17 +8,21 @@ from typing import Any
 
 import click
 
-from tracekit.cli.options import one_of
+from tracekit.cli.completion import machines, models
+from tracekit.cli.options import OneOf
 from tracekit.economics.hardware import PRESETS
 from tracekit.sources.quantisation import SCHEMES
 
 _COST = (
     click.option(
-        "--model", metavar="NAME|FILE", help="A model of `tracekit models`, or a config.json. [default: as traced]"
+        "--model",
+        metavar="NAME|FILE",
+        shell_complete=models,
+        help="A model of `tracekit models`, or a config.json. [default: as traced]",
     ),
-    click.option("--quantisation", metavar="|".join(SCHEMES), type=one_of(SCHEMES), help="Weights in this scheme."),
+    click.option("--quantisation", metavar="|".join(SCHEMES), type=OneOf(SCHEMES), help="Weights in this scheme."),
     click.option("--bits", type=click.FloatRange(min=1, max=32), help="Weights of so many bits, scales included."),
-    click.option("--hardware", metavar="NAME", help=f"A known machine: {', '.join(PRESETS)}."),
+    click.option("--hardware", metavar="NAME", shell_complete=machines, help=f"A known machine: {', '.join(PRESETS)}."),
     click.option(
         "--bandwidth", metavar="BYTES/S", type=float, help="Of one device's memory, instead of the known one."
     ),

@@ -10,7 +10,7 @@ import click
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.machine import acceptance_options, cost_options
-from tracekit.cli.options import selectors, store_argument, whole_numbers
+from tracekit.cli.options import running_options, selectors, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 from tracekit.errors import UsageError
 from tracekit.reports.files import check_writable
@@ -60,6 +60,7 @@ CHARTS = ("speedup", "verification-ratio", "speedup-map")
     "from them where they say it: see tracekit calibrate.",
 )
 @selectors(by=[])
+@running_options()
 @output_options
 def speedup(
     store: Path,

@@ -21,7 +21,7 @@ from tracekit.economics.amdahl import share
 from tracekit.economics.cost import CostModel, Floats, uniform_unique
 from tracekit.economics.law import RoutingLaw
 from tracekit.economics.speedup import Unions, speedup, verification
-from tracekit.errors import UnsupportedError, UsageError
+from tracekit.errors import UnsupportedError, UsageError, did_you_mean
 from tracekit.sources.sizes import Matrix, Model, Part
 
 Hold = Literal["active", "total"]
@@ -74,7 +74,8 @@ def designs(reference: Design, vary: Mapping[str, Sequence[int]], hold: Hold) ->
     axes = {AXES.get(name, name): values for name, values in vary.items()}
     unknown = [name for name in axes if name not in AXES.values()]
     if unknown:
-        raise UsageError(f"{unknown[0]!r} to vary", expected="one of " + ", ".join(AXES))
+        expected = "one of " + ", ".join(AXES)
+        raise UsageError(f"{unknown[0]!r} to vary", expected=expected, remedy=did_you_mean(unknown[0], AXES))
     if not all(len(values) for values in axes.values()):
         raise UsageError("nothing to vary", expected="values such as k=2,4,8")
     if np.prod([float(len(values)) for values in axes.values()]) > _MOST:

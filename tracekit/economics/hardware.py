@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tracekit.errors import UsageError
+from tracekit.errors import UsageError, did_you_mean
 
 Precision = Literal["bf16", "fp8"]
 
@@ -127,16 +126,16 @@ def hardware(
             raise UsageError(
                 f"a machine without {' and '.join(missing)}",
                 expected=f"the name of a known one ({', '.join(PRESETS)}), or both figures",
+                remedy="Name it with hardware (--hardware), or give bandwidth and flops (--bandwidth, --flops)",
             )
         return Hardware("custom", **changes)
     key = name.casefold().replace("_", "-").replace(" ", "-")
     entry = PRESETS.get(key)
     if entry is None:
-        close = difflib.get_close_matches(key, PRESETS, 1)
         raise UsageError(
-            f"no machine {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
-            expected=", ".join(PRESETS),
-            remedy="Any other is given by its bandwidth and flops",
+            f"no machine {name!r}",
+            expected="one of " + ", ".join(PRESETS),
+            remedy=did_you_mean(key, PRESETS) or "Any other is given by its bandwidth and flops",
         )
     if flops is None and precision not in entry:
         raise UsageError(

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tracekit.economics.cost import CostModel
-from tracekit.errors import UsageError
+from tracekit.errors import UsageError, did_you_mean
 
 Floats = NDArray[np.float64]
 
@@ -39,6 +39,8 @@ LINKS: dict[str, tuple[float, str]] = {
     "ufs4": (3.5e9, "UFS 4.0 flash of a phone, large reads"),
 }
 """Links by name: bytes per second that large copies achieve, and what that is. Any other is given by its figure."""
+LINK = "pcie4-x16"
+"""What offloaded experts come over, unless it is said."""
 
 _RANGE = (1e6, 1e13)
 
@@ -60,7 +62,9 @@ def link(name_or_figure: str | float) -> float:
             figure = float(name_or_figure)
         except ValueError:
             raise UsageError(
-                f"no link {name_or_figure!r}", expected=f"{', '.join(LINKS)}, or bytes per second"
+                f"no link {name_or_figure!r}",
+                expected=f"one of {', '.join(LINKS)}, or bytes per second",
+                remedy=did_you_mean(name_or_figure, LINKS),
             ) from None
     if isinstance(figure, bool) or not isinstance(figure, int | float) or not _RANGE[0] <= figure <= _RANGE[1]:
         text = f"{figure:g}" if isinstance(figure, int | float) else repr(figure)

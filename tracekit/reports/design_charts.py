@@ -35,7 +35,7 @@ def design(frame: pl.DataFrame) -> Chart:
     Raises
     ------
     UsageError
-        The frame has other columns, or too many designs to tell apart.
+        The frame has other columns, several traces, or too many designs to tell apart.
     UnsupportedError
         The frame is empty.
     """
@@ -45,6 +45,8 @@ def design(frame: pl.DataFrame) -> Chart:
     names = frame["design"].unique(maintain_order=True).to_list()
     if len(names) > _MOST:
         raise UsageError(f"{len(names)} designs", expected=f"at most {_MOST} in one chart", remedy="Vary fewer values")
+    if (traces := frame["trace"].n_unique()) > 1:
+        raise UsageError(f"designs of {traces} traces", expected="those of one", remedy="Name the trace")
     known = [name for name in _PANELS if frame[name].null_count() == 0]
     shown = list(dict.fromkeys([known[0], known[-1]]))  # the speedup says what the time says
     data: list[Row] = [
@@ -103,7 +105,8 @@ def design(frame: pl.DataFrame) -> Chart:
     panels = [_PANELS[name] for name in shown]
     width, height = (WIDTH, HEIGHT) if len(panels) == 1 else (PANEL_WIDTH, PANEL_HEIGHT)
     about = [first["trace"][:_LONGEST_NAME]] if first["trace"] else []
-    about += [f"windows of T = {first['window']}", f"{first['hold']} parameters held"]
+    about += [f"{first['phase']} tokens"] if first["phase"] else []
+    about += [str(first["design"]), f"windows of T = {first['window']}", f"{first['hold']} parameters held"]
     notes = ["dashed: extrapolated, the law of routing held; no such model was trained"]
     if any(row["best"] for row in data):
         notes.append("large points: the batch size at which verification costs least")

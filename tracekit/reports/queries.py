@@ -16,19 +16,22 @@ Its header is the documentation and is checked against the columns that the quer
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tracekit.analysis.ensure import StoreLike, as_store, ensure, warn_of
-from tracekit.errors import QueryError, UsageError
+from tracekit.analysis.gains import speedup, step_time
+from tracekit.errors import QueryError, TracekitWarning, UsageError, did_you_mean
+from tracekit.reports.files import shipped
 from tracekit.schema import PHASES, Phase
+from tracekit.store import results
+from tracekit.store.answers import MODELLED
 
 if TYPE_CHECKING:
     import polars as pl
@@ -241,12 +244,30 @@ def prepare(store: Store, name: str, params: Mapping[str, Any] | None = None, **
     found = find(name)
     values = found.bind(params or {})
     wanted = [(need.metric, need.bind(values)) for need in found.needs]
+    trace, phase = (cast("Any", values.get(selector)) for selector in ("trace", "phase"))
+    if wanted and wanted[0][0] in MODELLED:
+        for kind, arguments in wanted:
+            _ask(store, kind, arguments | {"trace": trace, "phase": phase}, options)
+        return
     if wanted:
-        trace, phase = (cast("Any", values.get(selector)) for selector in ("trace", "phase"))
         ensure(store, wanted, trace=trace, phase=phase, **options)
         return
     for info in store.traces() if values.get("trace") is None else [store.trace(str(values["trace"]))]:
         warn_of(info)
+
+
+def _ask(store: Store, kind: str, arguments: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Answer what needs a machine where one is given; without one there is what was asked for before."""
+    if "hardware" in arguments:
+        if kind == "speedup":
+            speedup(store, **arguments, **options)
+        else:
+            step_time(store, **arguments)
+    elif not any(results.saved(store.path, kind, info) for info in store.traces()):
+        verb = {"step_time": "speedup --parts"}.get(kind, kind)
+        first = "" if kind == "design" else ", or name a machine (hardware)"
+        note = f"nothing was asked yet that this query could show: run tracekit {verb}{first}"
+        warnings.warn(note, TracekitWarning, stacklevel=3)
 
 
 def summary(
@@ -288,23 +309,15 @@ def _arguments(text: str, values: Mapping[str, Value]) -> Iterable[Value]:
 
 
 def _unknown(found: str, name: str, known: list[str]) -> UsageError:
-    close = difflib.get_close_matches(name, known, 1)
-    return UsageError(
-        found,
-        expected="one of " + ", ".join(known) if known else None,
-        remedy=f"Did you mean {close[0]!r}?" if close else None,
-    )
-
-
-def _folder() -> Path:
-    package = Path(__file__).resolve().parent.parent
-    installed = package / "_queries"
-    return installed if installed.is_dir() else package.parent / "queries"
+    return UsageError(found, expected="one of " + ", ".join(known) if known else None, remedy=did_you_mean(name, known))
 
 
 @cache
 def _library() -> dict[str, Query]:
-    return {path.stem: parse(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_folder().glob("*.sql"))}
+    return {
+        path.stem: parse(path.stem, path.read_text(encoding="utf-8"))
+        for path in sorted(shipped("queries").glob("*.sql"))
+    }
 
 
 _PARAM = re.compile(r"(?P<name>\w+) (?P<type>\w+) = (?P<default>[\w.]+): (?P<text>.+)")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracekit.schema import BASELINES
+from tracekit.store.answers import MODELLED
 from tracekit.store.manifest import RESULTS, TEMPORARY, VERSION, TraceInfo, whole
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _CACHE = {"scope": "String", "start": "String", "batch_size": "Int64"}
 
 def columns(kind: str) -> dict[str, str]:
     """Return the columns of a result view after ``trace``, with the names of their Polars types."""
+    if kind in MODELLED:
+        return {**MODELLED[kind], "setting": "String", "asked": "Int64"}
     common = {"phase": "String", "by": "String", **_GROUP, "intervals": "Boolean", "seed": "Int64"}
     number = "Float64"
     measured: dict[str, dict[str, str]] = {
@@ -138,22 +141,6 @@ def columns(kind: str) -> dict[str, str]:
     return common | measured[kind]
 
 
-KINDS = (
-    "windows",
-    "expert_ratio",
-    "autocorr",
-    "attribution",
-    "load",
-    "budget",
-    "steps",
-    "acceptance",
-    "cache",
-    "reuse",
-    "locality",
-    "layer_budgets",
-    "prefetch",
-)
-
 KEYS: dict[str, tuple[str, ...]] = {
     "windows": ("overlapping", "distinct", "batch_size", "window"),
     "expert_ratio": ("batch_size", "window"),
@@ -170,6 +157,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "prefetch": ("predictor", "distance", "m"),
 }
 """Columns that, with trace, phase, by and the group, name what was measured once: rows that belong together."""
+
+KINDS = (*KEYS, *MODELLED)
+"""The views."""
 
 
 def path(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> Path:

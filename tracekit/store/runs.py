@@ -27,6 +27,8 @@ class Runs:
     phase: Phase
     requests: pl.DataFrame
     """Those with tokens of the phase: the columns of the ``requests`` view, and ``longest``, their longest run."""
+    lengths: pl.Series
+    """Tokens of every run in one layer."""
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -42,7 +44,7 @@ class Runs:
 
         n = pl.col("n").cast(pl.Int64)
         prompt = (pl.col("decode_start").cast(pl.Int64) - pl.col("pos").cast(pl.Int64)).clip(0, n)
-        pieces = {"prefill": prompt, "decode": n - prompt, "all": pl.max_horizontal(prompt, n - prompt).fill_null(n)}
+        pieces = {"prefill": [prompt], "decode": [n - prompt], "all": [prompt, (n - prompt).fill_null(n)]}
         frames = []
         for segment in trace.segments:
             path = store.path / SEGMENTS / segment.id / "runs.parquet"
@@ -53,8 +55,14 @@ class Runs:
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise unreadable(path, error) from None
         joined = pl.concat(frames).join(requests, on="request")
-        longest = joined.group_by("request").agg(pieces[phase].max().alias("longest")).filter(pl.col("longest") > 0)
-        return cls(store, trace, phase, requests.join(longest, on="request"))
+        lengths = pl.concat([joined.select("request", length=piece) for piece in pieces[phase]])
+        lengths = lengths.filter(pl.col("length") > 0)
+        longest = lengths.group_by("request").agg(pl.col("length").max().alias("longest"))
+        return cls(store, trace, phase, requests.join(longest, on="request"), lengths["length"])
+
+    def windows(self, length: int) -> int:
+        """Return how many windows of so many tokens there are per layer, one from every token on."""
+        return int((self.lengths - (length - 1)).clip(0).sum())
 
     def fit(self, asked: int | None, default: int, name: str, *, least: int = 1, reach: int = 0) -> int:
         """Return the length to measure: the one asked for, or the default as far as the trace has it.
@@ -83,9 +91,11 @@ class Runs:
         tokens = f"consecutive {self.phase} tokens".replace("all ", "")
         if length + reach > most:
             if asked is not None or most < least + reach:
+                such = "pairs" if name == "lags" else name
+                there = f"the trace has {self.windows(most):,} such {such} per layer, and 0 of {length}"
                 raise UnsupportedError(
                     f"no request has {max(length, least) + reach} {tokens}: the longest run has {most}",
-                    remedy=f"Use {name} of at most {most - reach} tokens" if most >= least + reach else None,
+                    remedy=f"Use {name} of at most {most - reach} tokens: {there}" if most >= least + reach else None,
                 )
             length = most - reach
             instead = f"{name} of at most {length} tokens instead of {default}"
@@ -100,7 +110,7 @@ class Runs:
         import polars as pl
 
         having = self.requests.filter(pl.col("longest") >= window)
-        there, under = having.height, ""
+        there, under = having.height, f", with {self.windows(window):,} windows per layer"
         if by in ("label", "request"):
             key = "label" if by == "label" else "request_id"
             there, under = having.group_by(key).len()["len"].min() or 0, f" under some {by}s"  # type: ignore[assignment]

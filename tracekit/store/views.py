@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tracekit.checks import Finding
 from tracekit.errors import QueryError
+from tracekit.execution import current
 from tracekit.store import results
+from tracekit.store.answers import MODELLED
 from tracekit.store.manifest import SEGMENTS, TraceInfo, part_name
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS
 
@@ -273,14 +275,17 @@ def _findings(traces: list[TraceInfo]) -> str:
 
 def _result(root: Path, traces: list[TraceInfo], kind: str) -> str:
     columns = {"trace": "VARCHAR", **{c: _SQL_TYPES[t] for c, t in results.columns(kind).items()}}
+    order = "asked" if kind in MODELLED else "computed"
     names = ", ".join(f'"{c}"' for c in columns)
     selects = [
-        f"SELECT {quote(t.name)} AS trace, *, {age} AS computed FROM {_parquet([path])}"
+        f"SELECT {quote(t.name)} AS trace, *, {age}::BIGINT AS {order} FROM {_parquet([path])}"
         for t in traces
         for age, path in enumerate(results.saved(root, kind, t))
     ]
     if not selects:
         return _empty(columns)
+    if kind in MODELLED:
+        return f"SELECT {names} FROM (\n" + "\nUNION ALL BY NAME\n".join(selects) + "\n)"
     key = ", ".join(f'"{c}"' for c in ("trace", "phase", "by", "layer", "label", "request_id", *results.KEYS[kind]))
     # The same may have been computed several times: with and without intervals, with another seed, in a longer run.
     best = (
@@ -314,6 +319,9 @@ def connect(
     try:
         # Larger than memory is the normal case; what does not fit is spilled to a private directory.
         con.execute("SET temp_directory = ?", [_spill_directory()])
+        con.execute("SET threads = ?", [current().threads])
+        if memory := current().memory:
+            con.execute("SET memory_limit = ?", [f"{memory}B"])
         con.execute(script(root, traces))
         for name, value in (variables or {}).items():
             if not name.isidentifier():
@@ -326,7 +334,8 @@ def connect(
         con.execute("SET lock_configuration = true")
     except duckdb.Error as error:
         con.close()
-        raise QueryError(f"the store cannot be read: {error}", where=str(root)) from None
+        found = _damage(error) or f"the store cannot be read: {error}"
+        raise QueryError(found, where=str(root), remedy=_NAMING if _damage(error) else None) from None
     except QueryError:
         con.close()
         raise
@@ -374,7 +383,19 @@ def run(con: duckdb.DuckDBPyConnection, sql: str, rows: int | None = None) -> pl
         limit = "" if rows is None else f" LIMIT {rows:d}"
         return pl.DataFrame(pl.scan_arrow_c_stream(con.sql(f"FROM tracekit_query{limit}")).collect())
     except (duckdb.Error, pl.exceptions.PolarsError) as error:
+        if damage := _damage(error):
+            raise QueryError(damage, remedy=_NAMING) from None
         raise QueryError(f"SQL failed: {_LINE.sub(_one_up, str(error))}") from None
+
+
+_NAMING = "tracekit check STORE names it"
+
+
+def _damage(error: Exception) -> str | None:
+    """Return what an error of DuckDB's Parquet reader says; those of SQL and of files have classes of their own."""
+    import duckdb
+
+    return f"a file of the store is damaged ({error})" if type(error) is duckdb.Error else None
 
 
 _LINE = re.compile(r"^LINE (\d+):", re.MULTILINE)
