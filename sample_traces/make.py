@@ -182,19 +182,23 @@ def steps(captures: Path, out: Path) -> None:
 
 def predicted(captures: Path, out: Path) -> None:
     """Write sampled requests with the experts that the next routers predicted one and two MoE layers ahead."""
+    arrays = {"expert_ids": "routed_experts", "predicted1": "predicted1", "predicted2": "predicted2"}
+    sampled(captures, out, arrays)
+
+
+def weighted(captures: Path, out: Path) -> None:
+    """Write the same requests with the weights that the routers gave the experts."""
+    sampled(captures, out, {"expert_ids": "routed_experts", "router_weights": "router_weights"})
+
+
+def sampled(captures: Path, out: Path, arrays: Mapping[str, str]) -> None:
+    """Write arrays of sampled requests under the names that they shall have, one request after the other."""
     out.mkdir(parents=True, exist_ok=True)
     folder = captures / "traces" / "olmoe"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     entries = own_sources(manifest, "sampled", 5)
     files = [np.load(folder / "npz" / f"{entry['id']}.npz", allow_pickle=False) for entry in entries]
-    joined = {
-        name: np.concatenate([file[stored] for file in files])
-        for name, stored in (
-            ("expert_ids", "routed_experts"),
-            ("predicted1", "predicted1"),
-            ("predicted2", "predicted2"),
-        )
-    }
+    joined = {name: np.concatenate([file[stored] for file in files]) for name, stored in arrays.items()}
     lens = np.array([len(file["routed_experts"]) for file in files], dtype=np.int64)
     save_npz(out / "trace.npz", {**joined, "request_lens": lens})
     rows = [{"request_id": e["id"], "prompt_len": e["prompt_len"], "domain": e["domain"]} for e in entries]
@@ -220,6 +224,7 @@ def main() -> None:
     sglang(options.captures, options.out / "olmoe-sglang")
     steps(options.captures, options.out / "olmoe-steps")
     predicted(options.captures, options.out / "olmoe-predicted")
+    weighted(options.captures, options.out / "olmoe-weights")
 
 
 if __name__ == "__main__":

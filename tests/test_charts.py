@@ -151,6 +151,17 @@ def speedup_frame(trace: str = "chat") -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def design_frame(trace: str = "chat") -> pl.DataFrame:
+    rows = [
+        {"trace": trace, "phase": "decode", "design": f"N = 8, k = {k}", "hold": "active", "extrapolated": k != 3}
+        | {"batch_size": size, "window": 4, "best_batch_size": 4, "union_ratio": 2.0 / size, "speedup": 1 + k / size}
+        | {"verification_ratio": 2.0 / size}
+        for k in (3, 1)
+        for size in (1, 4)
+    ]
+    return pl.DataFrame(rows)
+
+
 def cache_frame(trace: str = "chat") -> pl.DataFrame:
     parts = {"cold": 0.02, "working_set": 0.2, "policy_excess": 0.1, "misses_per_token": 30.0}
     rows = [
@@ -172,6 +183,39 @@ def prefetch_frame(trace: str = "chat") -> pl.DataFrame:
     return pl.DataFrame(rows, schema_overrides={"distance": pl.Int64})
 
 
+def budget_frame(trace: str = "chat") -> pl.DataFrame:
+    kept = {"weight_kept": [0.5, 0.7, 0.9], "weight_kept_lo": [0.4, 0.6, 0.8], "weight_kept_hi": [0.6, 0.8, 1.0]}
+    more = {"tokens_intact": [0.1, 0.3, 0.8], "loaded": [4.0, 6.0, 7.5], "unique": 9.0}
+    return pl.DataFrame({"trace": trace, "phase": "decode", "window": 4, "budget": [4, 6, 8], **kept, **more})
+
+
+def reuse_frame(trace: str = "chat") -> pl.DataFrame:
+    at = {"capacity": [3, 4, 5], "share": [0.2, 0.2, 0.1], "hit_rate": [0.2, 0.4, 0.5]}
+    ends = {"hit_rate_lo": [0.1, 0.3, 0.4], "hit_rate_hi": [0.3, 0.5, 0.6]}
+    return pl.DataFrame({"trace": trace, "phase": "decode", "scope": "layer", "start": "prompt", **at, **ends})
+
+
+def locality_frame(trace: str = "chat") -> pl.DataFrame:
+    rows = [
+        {"trace": trace, "phase": "decode", "segment": m, "srp": m / 100, "capacity": 4 * ratio, "cache_ratio": ratio}
+        | {"sch": 0.2 * ratio, "sch_lo": 0.1, "sch_hi": 0.9, "fixed_hit_rate": 0.22 * ratio}
+        | {"fixed_hit_rate_lo": None, "fixed_hit_rate_hi": None}
+        for m in (8, 16, 32)
+        for ratio in (1, 2, 4)
+    ]
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("fixed_hit_rate_lo", "fixed_hit_rate_hi"), pl.Float64))
+
+
+def layer_budgets_frame(trace: str = "chat") -> pl.DataFrame:
+    rows = [
+        {"trace": trace, "phase": "decode", "start": "cold", "unit": "experts", "capacity": size, "layer": layer}
+        | {"experts": size + (layer or 0) - 1, "hit_rate": 0.5, "uniform": 0.4}
+        for size in (8.0, 12.0)
+        for layer in (None, 0, 1, 2)
+    ]
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
 def draw(kind: str, trace: str = "chat") -> drawing.Chart:
     frames = {
         "windows": windows_frame,
@@ -185,6 +229,12 @@ def draw(kind: str, trace: str = "chat") -> drawing.Chart:
         "speedup": speedup_frame,
         "verification-ratio": speedup_frame,
         "speedup-map": speedup_frame,
+        "regime-map": speedup_frame,
+        "design": design_frame,
+        "budget": budget_frame,
+        "reuse": reuse_frame,
+        "locality": locality_frame,
+        "layer-budgets": layer_budgets_frame,
         "cache": cache_frame,
         "prefetch": prefetch_frame,
     }
@@ -375,6 +425,51 @@ def test_attribution_falls_from_uniform_to_observed_and_says_what_is_not_resolve
     assert not any(line.startswith("not resolved:") for line in spec(resolved)["title"]["subtitle"])
 
 
+def test_reuse_is_one_line_without_a_name_and_its_interval():
+    drawn = spec(draw("reuse"))
+    assert marks(drawn) == ["area", "line", "point", "rule", "text"]
+    rows = data(draw("reuse"))
+    assert [(r["x"], r["y"], r["share"]) for r in rows] == [(3, 0.2, 0.2), (4, 0.4, 0.2), (5, 0.5, 0.1)]
+    assert not any("name" in r for r in rows)
+    assert "a cache for each layer, each request begins with what its prompt left" in drawn["title"]["subtitle"]
+
+
+def test_locality_draws_one_segment_length_and_says_what_the_router_scores():
+    drawn = spec(draw("locality"))
+    assert "segments of 16 tokens" in drawn["title"]["text"]
+    assert "scores 16.0 % (SRP)" in drawn["title"]["subtitle"][1]
+    rows = data(draw("locality"))
+    assert [(r["x"], r["y"]) for r in rows if r["series"] == "fixed set"] == [(4, 0.22), (8, 0.44), (16, 0.88)]
+    assert "segments of 32 tokens" in spec(charts.locality(locality_frame(), segment=32))["title"]["text"]
+    longer = locality_frame().filter(pl.col("segment") > 16)
+    assert "segments of 32 tokens" in spec(charts.locality(longer))["title"]["text"]
+    with pytest.raises(UsageError, match="8, 16, 32"):
+        charts.locality(locality_frame(), segment=4)
+
+
+def test_layers_share_each_budget_on_a_line_of_its_own():
+    rows = data(draw("layer-budgets"))
+    assert {r["series"] for r in rows} == {"8 per layer", "12 per layer"}
+    assert [(r["x"], r["y"]) for r in rows if r["series"] == "8 per layer"] == [(0, 7), (1, 8), (2, 9)]
+    of_bytes = layer_budgets_frame().with_columns(unit=pl.lit("bytes"), capacity=pl.col("capacity") * 1e9)
+    assert {r["series"] for r in data(charts.layer_budgets(of_bytes))} == {"8 GB", "12 GB"}
+    many = pl.concat([layer_budgets_frame().with_columns(capacity=pl.lit(float(i))) for i in range(20)])
+    assert len({r["series"] for r in data(charts.layer_budgets(many))}) == 8
+    with pytest.raises(UnsupportedError, match="no layers"):
+        charts.layer_budgets(layer_budgets_frame().filter(pl.col("layer").is_null()))
+
+
+def test_a_budget_keeps_weight_and_tokens():
+    rows = data(draw("budget"))
+    assert [r["y"] for r in rows if r["series"] == "weight kept"] == [0.5, 0.7, 0.9]
+    assert [(r["y"], "lo" in r) for r in rows if r["series"] == "tokens intact"] == [
+        (0.1, False),
+        (0.3, False),
+        (0.8, False),
+    ]
+    assert "windows of 4 tokens" in spec(draw("budget"))["title"]["text"]
+
+
 def test_several_traces_and_layers_are_panels_in_order():
     both = spec(charts.windows(pl.concat([windows_frame("b"), windows_frame("a")])))
     assert both["facet"]["sort"] == ["b", "a"]
@@ -401,6 +496,7 @@ def test_a_frame_of_something_else_or_without_rows_is_refused(kind: str):
     frames.append(acceptance_frame())
     frames.append(cache_frame())
     frames.append(prefetch_frame())
+    frames += [budget_frame(), locality_frame(), layer_budgets_frame(), design_frame()]
     columns = {name: dtype for frame in frames for name, dtype in frame.schema.items()}
     with pytest.raises(UnsupportedError, match="no rows"):
         KINDS[kind].draw(pl.DataFrame(schema=columns))
@@ -509,11 +605,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
     for i, (start, accepted) in itertools.product(range(6), steps):
         step = {"request_id": str(i), "topic": ["prose", HOSTILE][i % 2], "start_pos": start, "n_drafted": 2}
         experts = np.resize(ids[15 * i + start :], (3, 2, 3)).reshape(-1).tolist()
-        rows.append(step | {"n_accepted": accepted, "experts": experts})
+        weights = np.resize([0.5, 0.3, 0.2], len(experts)).tolist()
+        rows.append(step | {"n_accepted": accepted, "experts": experts, "router_weights": weights})
     pl.DataFrame(rows).write_parquet(folder / "trace.parquet")
     about: dict[str, Any] = {"num_experts": 8, "top_k": 3, "label_fields": ["topic"]}
     tk.ingest(folder / "trace.parquet", folder / "store", name=HOSTILE, phase="decode", **about)
-    return tk.open(str(folder / "store"))
+    store = tk.open(str(folder / "store"))
+    shape = {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3, "num_hidden_layers": 2, "vocab_size": 9}
+    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(shape | sizes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracekitWarning)
+        tk.speedup(store, model=folder, bandwidth=1e8, flops=1e11)
+        tk.design(store, vary={"k": (1, 4)}, routed_share=0.4)
+    return store
 
 
 @pytest.mark.parametrize("kind", KINDS)

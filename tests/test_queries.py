@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 import tracekit as tk
 from tracekit.errors import QueryError, StoreError, TracekitWarning, UsageError
 from tracekit.reports import queries
+from tracekit.reports.files import shipped
 from tracekit.reports.queries import Need, find, parse, prepare, query, run
 
 NAMES = [q.name for q in queries.queries()]
@@ -156,9 +158,11 @@ def test_the_library_has_the_queries_that_were_promised():
         *("reuse_distance", "working_set", "adjacent_overlap", "recall_of_previous_token"),
         *("co_activation", "layer_transitions", "layer_information", "balancedness", "specialisation"),
         *("reduction_by_label", "batch_mix", "full_activation", "summary", "speculation"),
+        *("speedup_by_batch", "best_draft_length", "regime_by_batch", "step_time_by_part", "design_points"),
         "cache_misses",
         "prefetch_recall",
         *("chart_windows", "chart_batch", "chart_autocorr", "chart_layer_lag", "chart_attribution"),
+        *("chart_budget", "chart_reuse", "chart_locality", "chart_layer_budgets"),
     }
 
 
@@ -476,7 +480,18 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> tk.Store:
     steps = {"a": (np.array(first, np.uint8), [2, 2]), "b": (np.array(second, np.uint8), [1, 1])}
     path = save_steps(folder / "hand.parquet", steps, topic={"a": "maths", "b": "prose"}, prompt_len=0)
     tk.ingest(path, folder / "store", name="hand", num_experts=4, top_k=2, label_fields=["topic"])
-    return tk.open(str(folder / "store"))
+    store = tk.open(str(folder / "store"))
+    # A model of two layers of which a step reads experts and little else, so that V is near U(2, B) / U(1, B).
+    sizes = {"num_hidden_layers": 2, "hidden_size": 4, "intermediate_size": 64, "num_attention_heads": 1}
+    shape = {"model_type": "olmoe", "_name_or_path": "small", "num_experts": 4, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1, **shape, **sizes}))
+    asked: dict[str, Any] = {"batch_size": [1, 2], "drafts": 1, "model": folder, "context": 0}
+    asked |= {"bandwidth": 1e8, "flops": 1e12}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracekitWarning)
+        tk.speedup(store, **asked, acceptance_rate=0.5, draft_cost=0.1)
+        tk.step_time(store, **asked)
+    return store
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -504,7 +519,7 @@ def shell() -> str:
 
 def test_every_query_runs_unchanged_in_the_shell(shell: str, computed: tk.Store, tmp_path: Path):
     (tmp_path / "views.sql").write_text(computed.views(), encoding="utf-8")
-    folder = queries._folder()
+    folder = shipped("queries")
     for name in NAMES:
         script = f".read '{folder / name}.sql'\n"
         if name == "unique_experts_by_window":

@@ -40,9 +40,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> tk.Store:
     rows = []
     steps = [(0, 0), (1, 1), (3, 2), (6, 0), (7, 1), (9, 2), (12, 2)]
     for i, (start, accepted) in itertools.product(range(6), steps):
-        step = {"request_id": str(i), "topic": ["prose", HOSTILE][i % 2], "start_pos": start, "n_drafted": 2}
+        step: dict[str, Any] = {
+            "request_id": str(i),
+            "topic": ["prose", HOSTILE][i % 2],
+            "start_pos": start,
+            "n_drafted": 2,
+        }
         experts = np.resize(ids[15 * i + start :], (3, 2, 3)).reshape(-1).tolist()
-        rows.append(step | {"n_accepted": accepted, "experts": experts})
+        weights = np.resize([0.5, 0.3, 0.2], len(experts)).tolist()
+        rows.append(step | {"n_accepted": accepted, "experts": experts, "router_weights": weights})
     pl.DataFrame(rows).write_parquet(folder / "steps.parquet")
     shape: dict[str, Any] = {"num_experts": 8, "top_k": 3, "label_fields": ["topic"]}
     tk.ingest(folder / "steps.parquet", folder / "traces", name=HOSTILE, phase="decode", **shape)
@@ -86,8 +92,11 @@ def test_the_headline_has_the_numbers_of_the_summary(store: tk.Store, report: Re
 def test_every_section_is_there_with_an_answer(report: Report):
     found = sections(report, "chat")
     assert list(found) == list(SECTIONS)
-    assert {key for key, section in found.items() if section.reason} == set()
-    for section in found.values():
+    refused = {key: str(section.reason) for key, section in found.items() if section.reason}
+    assert list(refused) == ["budget", "offloading"]
+    assert "the trace has no router weights" in refused["budget"]
+    assert "--hardware" in refused["offloading"]
+    for section in (section for key, section in found.items() if key not in refused):
         assert section.prose
         for figure in section.figures:
             assert figure.tables, section.key
@@ -116,6 +125,47 @@ def test_a_machine_makes_the_gain_a_number(store: tk.Store, checkout: Path):
     best = tk.speedup(store, trace="chat", **gain)["speedup"].max()
     assert f"{best:.2f}" in found.prose[-1]
     assert any("--acceptance-rate 0.7" in command for figure in found.figures for command in figure.commands)
+
+
+def test_what_offloading_costs_is_said_of_a_machine_and_a_link(store: tk.Store, checkout: Path):
+    config = checkout / "sample_traces" / "olmoe-vllm" / "config.json"
+    found = sections(gather(store, "chat", gain={"model": config, "hardware": "l4"}, link="pcie5-x16"), "chat")
+    section = found["offloading"]
+    assert section.reason is None
+    (figure,) = section.figures
+    assert "--link pcie5-x16 --capacity 16" in figure.commands[0]
+    judged = tk.prefetch(store, trace="chat", m=4).filter(pl.col("recall") == pl.col("recall").max())
+    assert f"the predictor “{judged['predictor'][0]}”" in section.prose[1]
+    asked: dict[str, Any] = {"capacity": 16, "predictor": judged["predictor"][0]}
+    times = tk.tpot(store, trace="chat", link=50e9, model=config, hardware="l4", **asked)
+    per_second = {
+        mode: f"{round(1000 / ms):,} tokens per second" for mode, ms in times.select("mode", "tpot_ms").rows()
+    }
+    assert per_second["on_demand"] in section.prose[0]
+    assert per_second["cache"] in section.prose[0]
+    assert per_second["cache+prefetch"] in section.prose[1]
+    # One device: what several of them would do is not known.
+    shared = gather(store, "chat", gain={"model": config, "hardware": "l4", "tensor_parallel": 2})
+    assert "one device" in str(sections(shared, "chat")["offloading"].reason)
+    with pytest.raises(UsageError, match="no link 'usb'"):
+        tk.report(store, link="usb")
+
+
+def test_what_is_said_of_locality_and_caches_is_what_was_measured(store: tk.Store, report: Report):
+    found = sections(report, "chat")
+    curve = tk.reuse(store, trace="chat").filter(pl.col("hit_rate") >= 0.5)
+    assert f"It takes {curve['capacity'][0]} experts per layer for 50 %" in found["reuse"].prose[1]
+    windows = tk.windows(store, trace="chat")["observed"].to_list()
+    assert f"adds {windows[-1] - windows[-2]:.2f} of its 4" in found["reuse"].prose[2]
+    srp, sch = tk.locality(store, trace="chat", cache_ratio=2).select("srp", "sch").row(0)
+    assert f"{100 * srp:.1f} %" in found["locality"].prose[1]
+    assert f"{100 * sch:.1f} %" in found["locality"].prose[1]
+    gains = tk.layer_budgets(store, trace="chat").filter(pl.col("layer").is_null())
+    best = gains.row(gains["gain"].arg_max(), named=True)
+    some = f"with {best['capacity']:g} experts" if best["gain_lo"] > 0 else "no budget gains by it"
+    assert some in found["layer-budgets"].prose[1]
+    kept = tk.budget(store, trace=HOSTILE, window=4).filter(budget=6)
+    assert f"A budget of 6 keeps {100 * kept['weight_kept'][0]:.1f} %" in sections(report, HOSTILE)["budget"].prose[1]
 
 
 def test_several_traces_are_compared(report: Report):

@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-FOLDERS = ("hand", "synthetic", "olmoe-vllm", "olmoe-sglang", "olmoe-steps", "olmoe-predicted")
+FOLDERS = ("hand", "synthetic", "olmoe-vllm", "olmoe-sglang", "olmoe-steps", "olmoe-predicted", "olmoe-weights")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,9 @@ def test_captured_arrays_hold_no_text(samples: Path) -> None:
     assert set(steps) == {"request_id", "domain", "prompt_len", "start_pos", "n_drafted", "n_accepted", "experts"}
     with np.load(samples / "olmoe-predicted" / "trace.npz") as archive:
         assert set(archive) == {"expert_ids", "request_lens", "predicted1", "predicted2"}
-    for folder in ("olmoe-steps", "olmoe-predicted"):
+    with np.load(samples / "olmoe-weights" / "trace.npz") as archive:
+        assert set(archive) == {"expert_ids", "request_lens", "router_weights"}
+    for folder in ("olmoe-steps", "olmoe-predicted", "olmoe-weights"):
         assert sum(len(b) for b in files(samples / folder).values()) < 400_000
 
 
@@ -120,6 +122,20 @@ def test_predictions_are_as_their_readme_says(samples: Path) -> None:
         assert known.all(axis=0).tolist() == [layer >= distance for layer in range(8)]
         recall = (hot & (ids[..., None] == np.arange(32)).any(axis=2)).sum(axis=-1)[known].mean() / 4
         assert f"| {recall:.4f} |".replace("0.", ".") in text
+
+
+def test_weights_are_as_their_readme_says(samples: Path) -> None:
+    text = (samples / "olmoe-weights" / "README.md").read_text(encoding="utf-8")
+    with np.load(samples / "olmoe-weights" / "trace.npz") as archive:
+        arrays = dict(archive)
+    with np.load(samples / "olmoe-predicted" / "trace.npz") as archive:
+        assert np.array_equal(arrays["expert_ids"], archive["expert_ids"])
+    weights = arrays["router_weights"].astype(np.float64)
+    assert f"| {len(weights):,} |" in text
+    assert (np.diff(weights, axis=2) <= 0).all()  # the router's order
+    assert f"| {weights.sum(axis=2).mean():.4f} |".replace("0.", ".") in text
+    shares = (weights / weights.sum(axis=2, keepdims=True)).mean(axis=(0, 1))
+    assert " ".join(f"{share:.4f}"[1:] for share in shares) in text
 
 
 def hand(samples: Path) -> list[dict[str, Any]]:

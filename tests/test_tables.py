@@ -175,10 +175,10 @@ def test_windows_by_group_are_one_table_of_windows_of_four() -> None:
     names = ["mmlu_pro_validation_of_physics", "mmlu_pro_validation_of_biology"]
     assert render(grouped(names), layout="windows") == (
         "gptoss, decode, batch size 1, window of 4 tokens: unique experts, and how far\n"
-        "below each baseline\n"
+        "below each baseline, %\n"
         "label                        observed 95 %          uniform  popularity  request\n"
-        "mmlu_pro_vali…on_of_physics      4.00 [9.20, 9.41]   29.8 %      23.3 %   10.1 %\n"
-        "mmlu_pro_vali…on_of_biology      4.00 [9.20, 9.41]   29.8 %      23.3 %   10.1 %\n"
+        "mmlu_pro_vali…on_of_physics      4.00 [9.20, 9.41]    29.75       23.33    10.09\n"
+        "mmlu_pro_vali…on_of_biology      4.00 [9.20, 9.41]    29.75       23.33    10.09\n"
         "\n"
         "(--format csv has the other windows and every column)\n"
     )
@@ -196,9 +196,9 @@ def test_autocorr_by_group_is_one_table_of_lags() -> None:
     ]
     assert render(pl.DataFrame(rows), layout="autocorr") == (
         "t, decode: overlap by lag (expected: uniform 0.1250)\n"
-        "layer  popularity  request  lag 1  lag 2  lag 4  lag 6\n"
-        "    0      0.2000   0.3000  1.000  0.500  0.250  0.167\n"
-        "    7      0.9000   0.3000  1.000  0.500  0.250  0.167\n"
+        "layer  popularity  request  lag 1   lag 2   lag 4   lag 6\n"
+        "    0      0.2000   0.3000  1.000  0.5000  0.2500  0.1667\n"
+        "    7      0.9000   0.3000  1.000  0.5000  0.2500  0.1667\n"
         "\n"
         "(request: expected at lag 1; --format csv has every lag and column)\n"
     )
@@ -208,10 +208,10 @@ def test_attribution_by_group_is_one_table_of_shares() -> None:
     frame = pl.concat([ATTRIBUTION.with_columns(layer=pl.lit(layer)) for layer in (0, 1)])
     assert render(frame, layout="attribution") == (
         "t, decode, window of 4 tokens: unique experts, and the causes' shares of the\n"
-        "drop\n"
+        "drop, %\n"
         "layer  uniform  observed  popularity  label  request  token order\n"
-        "    0    13.24     9.303     28.1 %      –*  45.4 %       26.5 %\n"
-        "    1    13.24     9.303     28.1 %      –*  45.4 %       26.5 %\n"
+        "    0    13.24     9.303       28.1      –*    45.4         26.5\n"
+        "    1    13.24     9.303       28.1      –*    45.4         26.5\n"
         "* not resolved\n"
         "\n"
         "(--format csv has every step and interval)\n"

@@ -9,7 +9,7 @@ import click
 
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import key_value, mapping, one_of, selectors, store_argument
+from tracekit.cli.options import OneOf, key_value, mapping, running_options, selectors, store_argument
 from tracekit.cli.output import Output, quiet_option
 from tracekit.reports.charts import KINDS
 from tracekit.reports.files import check_writable
@@ -24,7 +24,7 @@ from tracekit.reports.files import check_writable
     kinds={kind.name: kind.title for kind in KINDS.values()},
 )
 @store_argument
-@click.argument("kind", metavar="KIND", type=one_of(KINDS))
+@click.argument("kind", metavar="KIND", type=OneOf(KINDS))
 @click.option(
     "--output",
     "-o",
@@ -42,6 +42,7 @@ from tracekit.reports.files import check_writable
 )
 @selectors(by=[])
 @click.option("--force", is_flag=True, help="Overwrite the file named by --output.")
+@running_options()
 @quiet_option
 def chart(
     store: Path,

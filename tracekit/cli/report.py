@@ -11,8 +11,9 @@ from tracekit.cli.analyses import window_option
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
 from tracekit.cli.machine import acceptance_options, cost_options
-from tracekit.cli.options import selectors, store_argument
+from tracekit.cli.options import running_options, selectors, store_argument
 from tracekit.cli.output import Output, quiet_option
+from tracekit.economics.offload import LINK, LINKS
 from tracekit.reports.files import check_writable
 
 
@@ -42,7 +43,11 @@ from tracekit.reports.files import check_writable
 @selectors(by=[])
 @cost_options
 @acceptance_options
+@click.option(
+    "--link", metavar="NAME|BYTES/S", help=f"What offloaded experts come over: {', '.join(LINKS)}. [default: {LINK}]"
+)
 @click.option("--force", is_flag=True, help="Overwrite the file named by --output.")
+@running_options()
 @quiet_option
 def report(
     store: Path,
@@ -57,8 +62,9 @@ def report(
     """Write a report that a colleague can open anywhere.
 
     The answer in words, with intervals and baselines; what the reduction is made of, windows, batches, autocorrelation,
-    layers, load; what speculation gains, where a machine is named; the traces compared; where the numbers come from and
-    how they are made. What a trace cannot answer says why.
+    layers, load; budgets, reuse, locality, caches and prefetch; what speculation gains and what offloading costs, where
+    a machine is named; the traces compared; where the numbers come from and how they are made. What a trace cannot
+    answer says why.
     """
     import tracekit as tk
 

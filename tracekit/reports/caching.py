@@ -8,8 +8,8 @@ from typing import Any
 import polars as pl
 
 from tracekit.metrics.cache_spec import POLICIES
-from tracekit.reports.grid import Block, Column
-from tracekit.reports.text import MISSING, align, count, fixed, interval, number, printable, scale
+from tracekit.reports.grid import Block, Column, estimate, rounded
+from tracekit.reports.text import MISSING, align, count, fixed, number, printable, scale
 
 Row = dict[str, Any]
 
@@ -92,7 +92,7 @@ def reuse(frame: pl.DataFrame) -> Iterator[Block]:
     for title, part in _parts(frame):
         rows = part.filter(pl.col("capacity").is_in(listed)).rows(named=True)
         columns = [Column("experts", [count(row["capacity"]) for row in rows])]
-        columns += _estimate("hit rate, %", rows)
+        columns += estimate("hit rate, %", rows, "hit_rate", factor=100)
         never = part.filter(pl.col("capacity") == every[-1])["hit_rate"][0]
         notes = (
             []
@@ -129,15 +129,9 @@ def _rates(rows: Sequence[Row]) -> Iterator[Column]:
     for i, policy in enumerate(policies):
         mine = [row for row in rows if row["policy"] == policy]
         if i == 0:
-            yield from _estimate(policy, mine)
+            yield from estimate(policy, mine, "hit_rate", factor=100)
         else:
-            yield _percent(policy, [row["hit_rate"] for row in mine])
-
-
-def _estimate(title: str, rows: Sequence[Row]) -> list[Column]:
-    columns = [_percent(title, [row["hit_rate"] for row in rows])]
-    cells = [interval(scale(row["hit_rate_lo"], 100), scale(row["hit_rate_hi"], 100)) for row in rows]
-    return columns + ([Column("95 %", cells, right=False, gap=1, name="hit_rate_lo/hi")] if any(cells) else [])
+            yield Column(policy, rounded(mine, "hit_rate", factor=100))
 
 
 def _percent(title: str, values: Sequence[float | None]) -> Column:

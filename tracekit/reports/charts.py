@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tracekit.analysis.wants import WINDOW
-from tracekit.errors import UnsupportedError, UsageError
+from tracekit.errors import UnsupportedError, UsageError, did_you_mean
 from tracekit.reports import queries
 from tracekit.reports.comparison_charts import compare
 from tracekit.reports.design_charts import design
@@ -20,9 +19,11 @@ from tracekit.reports.drawing import (
     LINES,
     Line,
     Row,
+    at_length,
     finite,
     heatmap,
     ladder,
+    lengths,
     line_chart,
     only,
     panels_of,
@@ -30,9 +31,9 @@ from tracekit.reports.drawing import (
     rounded,
     waterfall,
 )
-from tracekit.reports.offloading_charts import cache, prefetch
+from tracekit.reports.offloading_charts import cache, layer_budgets, locality, prefetch, reuse
 from tracekit.reports.rendering import render
-from tracekit.reports.speculation_charts import acceptance, speedup, speedup_map, verification_ratio
+from tracekit.reports.speculation_charts import acceptance, budget, speedup, speedup_map, verification_ratio
 from tracekit.reports.timing_charts import gantt, tpot
 
 if TYPE_CHECKING:
@@ -49,15 +50,19 @@ __all__ = [
     "autocorr",
     "batch",
     "batch_mix",
+    "budget",
     "cache",
     "chart",
     "compare",
     "design",
     "gantt",
+    "layer_budgets",
     "layer_lag",
+    "locality",
     "popularity",
     "prefetch",
     "render",
+    "reuse",
     "speedup",
     "speedup_map",
     "tpot",
@@ -134,14 +139,7 @@ def batch(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
     UnsupportedError
         The frame is empty.
     """
-    import polars as pl
-
-    require(frame, "windows", "window", "batch_size", "reduction_uniform")
-    if window is None:
-        frame = frame.filter(pl.col("window") <= WINDOW)
-        frame = frame.filter(pl.col("window") == pl.col("window").max().over("trace"))
-    else:
-        frame = only(frame, "window", window, "windows")
+    frame = at_length(frame, window, "windows", "batch_size", "reduction_uniform")
     about, panels = panels_of(frame, "batch_size")
     data = []
     for title, rows in panels:
@@ -154,7 +152,7 @@ def batch(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
         data,
         x=("Batch size B (requests verified together)", "log"),
         y=("Reduction against the baseline", ".1%"),
-        title=(f"Fewer experts than expected, windows of {_lengths(frame)} tokens", about),
+        title=(f"Fewer experts than expected, windows of {lengths(frame)} tokens", about),
         more=(("observed", "unique experts", ".2f"),),
     )
 
@@ -216,7 +214,7 @@ def batch_mix(frame: pl.DataFrame) -> Chart:
         data,
         x=("Batch size B (requests verified together)", "log"),
         y=("More experts in a batch of all requests", ".1%"),
-        title=(f"What mixing labels in a batch costs, windows of {_lengths(frame)} tokens", about, *notes),
+        title=(f"What mixing labels in a batch costs, windows of {lengths(frame)} tokens", about, *notes),
         more=(("unique", "experts, one label", ".2f"), ("mixed", "experts, all requests", ".2f")),
         styles=styles,
     )
@@ -355,7 +353,7 @@ def attribution(frame: pl.DataFrame) -> Chart:
         data,
         "Unique experts in a window" + _mean_over_layers(frame),
         (
-            f"Where the reduction comes from, windows of {_lengths(frame)} tokens",
+            f"Where the reduction comes from, windows of {lengths(frame)} tokens",
             about,
             *notes,
         ),
@@ -393,8 +391,14 @@ KINDS: dict[str, ChartKind] = {
         ChartKind("speedup", "speedup by batch size and draft length", speedup, "speculation"),
         ChartKind("verification-ratio", "cost of a verification by batch size", verification_ratio, "speculation"),
         ChartKind("speedup-map", "speedup by batch size and draft length, as a map", speedup_map, "speculation"),
+        ChartKind("regime-map", "speedup on a machine, and what bounds it, as a map", speedup_map, "speedup_by_batch"),
+        ChartKind("design", "what verification costs other designs of the model", design, "design_points"),
         ChartKind("acceptance", "experts loaded by accepted drafts", acceptance, "chart_acceptance"),
+        ChartKind("budget", "what a budget of experts keeps of a window", budget, "chart_budget", "window"),
+        ChartKind("reuse", "hit rate of LRU caches of every size", reuse, "chart_reuse"),
+        ChartKind("locality", "what segments of tokens have in common", locality, "chart_locality", "segment"),
         ChartKind("cache", "hit rate of expert caches by size and policy", cache, "cache_misses"),
+        ChartKind("layer-budgets", "experts of each layer's cache by budget", layer_budgets, "chart_layer_budgets"),
         ChartKind("prefetch", "recall of prefetch predictors by layer", prefetch, "prefetch_recall"),
     )
 }
@@ -420,17 +424,14 @@ def chart(store: StoreLike, kind: str, /, **params: Any) -> Chart:
     """
     found = KINDS.get(kind.replace("_", "-"))
     if found is None:
-        raise UsageError(f"no chart named {kind!r}", expected="one of " + ", ".join(KINDS))
+        expected = "one of " + ", ".join(KINDS)
+        raise UsageError(f"no chart named {kind!r}", expected=expected, remedy=did_you_mean(kind, KINDS))
     frame = queries.query(store, found.query, **params)
     return found.draw(frame, **queries.find(found.query).bind({k: v for k, v in params.items() if k == found.selects}))
 
 
 def _baselines(frame: pl.DataFrame) -> list[str]:
     return [name for name in LINES if f"expected_{name}" in frame.columns]
-
-
-def _lengths(frame: pl.DataFrame) -> str:
-    return ", ".join(str(length) for length in frame["window"].unique().sort())
 
 
 def _mean_over_layers(frame: pl.DataFrame) -> str:

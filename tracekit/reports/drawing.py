@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tracekit.analysis.wants import WINDOW
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.reports.display import script_safe
 
@@ -71,6 +72,22 @@ def only(frame: pl.DataFrame, column: str, value: int, source: str, *columns: st
         held = ", ".join(str(v) for v in frame[column].unique().sort())
         raise UsageError(f"no rows with {column} = {value}", expected=f"{column} among those of the frame: {held}")
     return chosen
+
+
+def at_length(frame: pl.DataFrame, window: int | None, source: str, *columns: str) -> pl.DataFrame:
+    """Return the rows with one window length; by default 4, or the longest up to it that a trace has."""
+    import polars as pl
+
+    if window is not None:
+        return only(frame, "window", window, source, *columns)
+    require(frame, source, "window", *columns)
+    frame = frame.filter(pl.col("window") <= WINDOW)
+    return frame.filter(pl.col("window") == pl.col("window").max().over("trace"))
+
+
+def lengths(frame: pl.DataFrame) -> str:
+    """Return the window lengths of a frame as text."""
+    return ", ".join(str(T) for T in frame["window"].unique().sort())
 
 
 def panels_of(frame: pl.DataFrame, axis: str = "") -> tuple[str, list[Panel]]:

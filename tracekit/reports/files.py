@@ -1,4 +1,4 @@
-"""Files that appear in one step, and are never overwritten by accident."""
+"""Files that appear in one step, and are never overwritten by accident; and folders that come with the package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import tempfile
 from pathlib import Path
 
 from tracekit.errors import TracekitError, UsageError
+
+
+def shipped(folder: str) -> Path:
+    """Return a folder that an installed package carries as its own data, and that is at the root of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / f"_{folder}"
+    return installed if installed.is_dir() else package.parent / folder
 
 
 def check_writable(path: Path, *, force: bool) -> None:

@@ -62,13 +62,19 @@ def _rate(row: Row) -> str:
 def _gain(rows: Sequence[Row]) -> list[Column]:
     columns = [
         Column("AL", [fixed(row["acceptance_length"], 2) for row in rows], rank=1, name="acceptance_length"),
-        Column("S", [fixed(row["speedup"], 3) + ("*" if row["best"] else " ") for row in rows], name="speedup"),
+        Column("S", align([_speedup(row) + ("*" if row["best"] else " ") for row in rows]), name="speedup"),
         Column("uniform", [fixed(row["speedup_uniform"], 3) for row in rows], name="S uniform"),
     ]
     intervals = [interval(row["speedup_lo"], row["speedup_hi"]) for row in rows]
     if any(intervals):
         columns.insert(2, Column("95 %", intervals, right=False, gap=1, rank=3, name="speedup_lo/hi"))
     return columns
+
+
+def _speedup(row: Row) -> str:
+    """Return S rounded by its interval: a model of time is not known to more than three decimals."""
+    low, high = row["speedup_lo"], row["speedup_hi"]
+    return number(row["speedup"], max(0.01, 0.0 if low is None or high is None else (high - low) / 2))
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

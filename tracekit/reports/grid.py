@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Any
 
-from tracekit.reports.text import display_width, pad, shorten
+from tracekit.reports.text import align, display_width, fixed, interval, number, pad, scale, shorten
 
 GAP = 2
 SHORTEST = 12
@@ -48,6 +49,29 @@ class Block:
     columns: Sequence[Column]
     title: str = ""
     notes: Sequence[str] = field(default_factory=list)
+
+
+def rounded(rows: Sequence[Mapping[str, Any]], name: str, *, factor: float = 1) -> list[str]:
+    """Return one figure of each row, rounded as far as its interval (``name_lo``, ``name_hi``) says it is known."""
+    cells = []
+    for row in rows:
+        low, high = (scale(row.get(f"{name}_{end}"), factor) for end in ("lo", "hi"))
+        value = scale(row[name], factor)
+        if factor == 100 and (low is None or high is None):
+            cells.append(fixed(value, 1))  # percent of which nobody says how well it is known
+        else:
+            cells.append(number(value, None if low is None or high is None else (high - low) / 2))
+    return align(cells)
+
+
+def estimate(
+    title: str, rows: Sequence[Mapping[str, Any]], name: str, *, factor: float = 1, rank: int = 0
+) -> list[Column]:
+    """Return a column of estimates, and if there are any the column of their intervals, of ``rank``."""
+    pairs = [(scale(row.get(f"{name}_lo"), factor), scale(row.get(f"{name}_hi"), factor)) for row in rows]
+    spans = [interval(low, high) for low, high in pairs]
+    band = [Column("95 %", spans, right=False, rank=rank, gap=1, name=f"{name}_lo/hi")] if any(spans) else []
+    return [Column(title, rounded(rows, name, factor=factor), name=name), *band]
 
 
 def draw(blocks: Sequence[Block], width: int, *, bold: bool = False) -> str:

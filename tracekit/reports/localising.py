@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from tracekit.reports.grid import Block, Column
-from tracekit.reports.text import MISSING, align, count, fixed, interval, number, printable, scale
+from tracekit.reports.grid import Block, Column, estimate, rounded
+from tracekit.reports.text import MISSING, align, count, fixed, number, printable, scale
 
 Row = dict[str, Any]
 
@@ -26,15 +26,15 @@ def locality(frame: pl.DataFrame) -> Iterator[Block]:
         rows = part.unique("segment", keep="first", maintain_order=True).rows(named=True)
         columns = [Column("segment", [count(row["segment"]) for row in rows])]
         columns += [Column("segments", [count(row["n_segments"]) for row in rows])]
-        columns += _estimate("SRP, %", rows, "srp", 100)
-        columns += _estimate("experts kept × k", rows, "size_ratio")
+        columns += estimate("SRP, %", rows, "srp", factor=100, rank=1)
+        columns += estimate("experts kept × k", rows, "size_ratio", rank=1)
         yield Block(columns, f"{title}: a router that keeps experts for a whole segment (SRP)")
         rows = part.rows(named=True)
         columns = [Column("segment", [count(row["segment"]) for row in rows])]
         columns += [Column("experts", [count(row["capacity"]) for row in rows])]
         columns += [Column("× k", align([number(row["cache_ratio"]) for row in rows]))]
-        columns += _estimate("SCH, %", rows, "sch", 100)
-        columns += _estimate("fixed set, %", rows, "fixed_hit_rate", 100)
+        columns += estimate("SCH, %", rows, "sch", factor=100, rank=1)
+        columns += estimate("fixed set, %", rows, "fixed_hit_rate", factor=100, rank=1)
         yield Block(columns, "hit rate of a cache that sees a segment ahead (SCH)")
 
 
@@ -44,10 +44,10 @@ def _locality_by(part: pl.DataFrame, group: str, title: str) -> Iterator[Block]:
         rows = some.rows(named=True)
         name = group.removesuffix("_id")
         columns = [Column(name, [_text(row[group]) for row in rows], right=group == "layer", cut=True)]
-        columns += _estimate("SRP, %", rows, "srp", 100)
+        columns += estimate("SRP, %", rows, "srp", factor=100, rank=1)
         columns += [Column("kept × k", align([number(row["size_ratio"]) for row in rows]))]
-        columns += _estimate("SCH, %", rows, "sch", 100)
-        columns += [Column("fixed set, %", [fixed(scale(row["fixed_hit_rate"], 100), 1) for row in rows])]
+        columns += estimate("SCH, %", rows, "sch", factor=100, rank=1)
+        columns += [Column("fixed set, %", rounded(rows, "fixed_hit_rate", factor=100))]
         yield Block(columns, f"{title}, segment of {segment} tokens; cache of {rows[0]['capacity']} experts")
     yield Block([], notes=["(--format csv has every cache size)"])
 
@@ -58,9 +58,9 @@ def layer_budgets(frame: pl.DataFrame) -> Iterator[Block]:
         title = f"{_text(trace)}, {_phase(phase)}"
         rows = part.filter(pl.col("layer").is_null()).rows(named=True)
         first = Column({"bytes": "GB"}.get(str(unit), str(unit)), [_capacity(row) for row in rows])
-        columns = [first, *_estimate("split, %", rows, "hit_rate", 100)]
-        columns += [Column("equal parts", [fixed(scale(row["uniform"], 100), 1) for row in rows])]
-        columns += _estimate("gain, points", rows, "gain", 100)
+        columns = [first, *estimate("split, %", rows, "hit_rate", factor=100, rank=1)]
+        columns += [Column("equal parts", rounded(rows, "uniform", factor=100))]
+        columns += estimate("gain, points", rows, "gain", factor=100, rank=1)
         columns += [Column("at most", [fixed(scale(row["hit_rate_bound"], 100), 1) for row in rows], rank=1)]
         notes = ["split and equal parts are judged on requests that the split was not learned from"]
         notes += [_not_best(rows)] if _not_best(rows) else []
@@ -81,14 +81,6 @@ def _not_best(rows: Sequence[Row]) -> str:
 
 def _capacity(row: Row) -> str:
     return f"{row['capacity'] / 1e9:.4g}" if row["unit"] == "bytes" else f"{row['capacity']:.4g}"
-
-
-def _estimate(title: str, rows: Sequence[Row], name: str, factor: float = 1) -> list[Column]:
-    scaled = [scale(row[name], factor) for row in rows]
-    cells = [interval(scale(row[f"{name}_lo"], factor), scale(row[f"{name}_hi"], factor)) for row in rows]
-    values = [fixed(value, 1 if factor == 100 else 2) for value in scaled]
-    band = [Column("95 %", cells, right=False, rank=1, gap=1, name=f"{name}_lo/hi")] if any(cells) else []
-    return [Column(title, values, name=name), *band]
 
 
 def _phase(value: Any) -> str:

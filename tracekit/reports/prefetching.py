@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from tracekit.reports.grid import Block, Column
-from tracekit.reports.text import MISSING, align, fixed, interval, number, printable, scale
+from tracekit.reports.grid import Block, Column, rounded
+from tracekit.reports.text import MISSING, align, interval, number, printable, scale
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ def _alone(title: str, rows: Sequence[Row]) -> Iterator[Block]:
     columns = list(names)
     for m in sorted({row["m"] for row in rows}):
         cells = [found.get(m) for found in at.values()]
-        columns.append(Column(f"m = {m}", [_share(row, "recall") for row in cells], name=f"recall@{m}"))
+        columns.append(Column(f"m = {m}", _shares(cells, "recall"), name=f"recall@{m}"))
         if m == first:
             spans = [interval(_of(row, "recall_lo"), _of(row, "recall_hi")) if row else "" for row in cells]
             columns += [Column("95 %", spans, right=False, gap=1, name="recall_lo/hi")] if any(spans) else []
@@ -62,7 +62,7 @@ def _alone(title: str, rows: Sequence[Row]) -> Iterator[Block]:
         ("weight", "weight_covered"),
     ):
         if any(row[name] is not None for row in of_first):
-            columns.append(Column(heading, [_share(row, name) for row in of_first], name=name))
+            columns.append(Column(heading, _shares(of_first, name), name=name))
     for heading, name in (("MB/token", "bytes_fetched"), ("wasted", "bytes_wasted")):
         if any(row[name] is not None for row in of_first):
             columns.append(Column(heading, align([number(scale(row[name], 1e-6)) for row in of_first]), name=name))
@@ -81,7 +81,7 @@ def _by(title: str, rows: Sequence[Row], group: str) -> Block:
             heading = _text(_SHORT.get(name, name)).replace("_", " ") + (
                 "" if distance in (None, 1) else f" {distance}"
             )
-            columns.append(Column(heading, [_share(at.get(key), "recall") for key in keys], name=name))
+            columns.append(Column(heading, _shares([at.get(key) for key in keys], "recall"), name=name))
     return Block(columns, f"{title}: recall with m = {first}, %")
 
 
@@ -89,8 +89,8 @@ def _of(row: Row, name: str) -> float | None:
     return scale(row[name], 100)
 
 
-def _share(row: Row | None, name: str) -> str:
-    return MISSING if row is None else fixed(_of(row, name), 1)
+def _shares(rows: Sequence[Row | None], name: str) -> list[str]:
+    return align([MISSING if row is None else rounded([row], name, factor=100)[0] for row in rows])
 
 
 def _text(value: Any) -> str:

@@ -13,15 +13,16 @@ from tracekit.analysis.comparison import compare
 from tracekit.analysis.ensure import StoreLike, as_store, ensure
 from tracekit.analysis.gains import CostOptions
 from tracekit.analysis.wants import MAX_WINDOW
+from tracekit.economics.offload import link as bytes_per_second
 from tracekit.errors import StoreError, UnsupportedError, UsageError
 from tracekit.reports import report_words as words
 from tracekit.reports.files import check_writable, write
-from tracekit.reports.grid import Block, Column
+from tracekit.reports.grid import Block, Column, estimate
 from tracekit.reports.report_charts import traces as traces_chart
 from tracekit.reports.report_html import page
 from tracekit.reports.report_md import markdown
 from tracekit.reports.report_parts import Drawing, Figure, Report, Row, Section, Subject
-from tracekit.reports.report_sections import BATCH_SIZES, at_window, estimate, part, told
+from tracekit.reports.report_sections import BATCH_SIZES, at_window, part, told
 from tracekit.reports.tables import blocks
 from tracekit.reports.text import align, number, printable
 from tracekit.schema import Phase
@@ -50,6 +51,7 @@ def report(
     acceptance_length: float | None = None,
     at_drafts: int | None = None,
     draft_cost: float | None = None,
+    link: str | float | None = None,
     **cost: Unpack[CostOptions],
 ) -> str:
     """Write a report about the traces of a store: the answer in words, charts and tables, and what made them.
@@ -78,7 +80,10 @@ def report(
     force
         Replace the file if it exists.
     acceptance_rate, acceptance_length, at_drafts, draft_cost, **cost
-        As in :func:`tracekit.speedup`: with a machine, the report says what speculative decoding gains on it.
+        As in :func:`tracekit.speedup`: with a machine, the report says what speculative decoding gains on it, and how
+        long a token takes with offloaded experts.
+    link
+        What these come over, as in :func:`tracekit.tpot`. Default: PCIe 4.0 x16.
 
     Returns
     -------
@@ -100,6 +105,8 @@ def report(
         raise UsageError(f"unknown format {fmt!r}", expected="html or md")
     if path is not None:
         check_writable(path, force=force)
+    if link is not None:
+        bytes_per_second(link)  # refuses what is no link before anything is measured
     drafting = {
         "acceptance_rate": acceptance_rate,
         "acceptance_length": acceptance_length,
@@ -108,7 +115,15 @@ def report(
     }
     gain = {name: value for name, value in {**drafting, **cost}.items() if value is not None}
     found = gather(
-        as_store(store), trace, title=title, gain=gain, phase=phase, window=window, intervals=intervals, seed=seed
+        as_store(store),
+        trace,
+        title=title,
+        gain=gain,
+        link=link,
+        phase=phase,
+        window=window,
+        intervals=intervals,
+        seed=seed,
     )
     text = page(found) if fmt == "html" else markdown(found)
     if path is not None:
@@ -131,7 +146,7 @@ def gather(
     gain
         Arguments of :func:`tracekit.speedup` that were given.
     **how
-        ``phase``, ``window``, ``intervals`` and ``seed``.
+        ``link``, ``phase``, ``window``, ``intervals`` and ``seed``.
 
     Raises
     ------
@@ -243,5 +258,5 @@ def _overview(rows: Sequence[Row]) -> Block:
         Column("× k", align([number(row["per_top_k"]) for row in rows])),
     ]
     for name in ("uniform", "popularity", "request"):
-        columns += estimate(f"vs {name}, %", rows, f"reduction_{name}", 100)
+        columns += estimate(f"vs {name}, %", rows, f"reduction_{name}", factor=100)
     return Block(columns, "unique experts of a window, and how many fewer than expected")

@@ -131,8 +131,15 @@ class Subject:
     seed: int = 0
     gain: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of :func:`tracekit.speedup` that say what runs on what and how drafts are accepted."""
+    link: str | float | None = None
+    """What offloaded experts come over."""
     alone: bool = True
     """Whether it is the report's only trace."""
+
+    @property
+    def has_machine(self) -> bool:
+        """Whether it is said what the model runs on."""
+        return any(name in self.gain for name in ("hardware", "bandwidth", "flops"))
 
     @property
     def selectors(self) -> dict[str, Any]:

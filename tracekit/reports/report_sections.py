@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracekit.analysis.ensure import warn_of
+from tracekit.analysis.gains import CostOptions
 from tracekit.analysis.wants import MAX_WINDOW, WINDOW
+from tracekit.economics.offload import LINK
 from tracekit.errors import TracekitWarning, UnsupportedError, UsageError
 from tracekit.reports import report_words as words
 from tracekit.reports.charts import KINDS
-from tracekit.reports.grid import Block, Column
+from tracekit.reports.grid import Block, Column, estimate
 from tracekit.reports.report_charts import layers as layers_chart
 from tracekit.reports.report_charts import zoomable
 from tracekit.reports.report_parts import Drawing, Figure, Part, Row, Section, Subject
 from tracekit.reports.tables import blocks
-from tracekit.reports.text import MISSING, align, count, interval, number, printable, scale
+from tracekit.reports.text import MISSING, align, count, fixed, number, printable, scale
 
 if TYPE_CHECKING:
     import polars as pl
@@ -26,6 +29,9 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 MOST_CELLS = 20_000
 """Cells of a heatmap in a report: more would make the page heavy, and be smaller than its pixels."""
+
+_SOURCES = 6
+"""Source files that are named."""
 
 ZOOM = "Drag along the axis to move; shift and the wheel zoom; a double click resets."
 PICK = "Choose a layer in the list or click on a point; “all” or a double click shows every layer again."
@@ -180,17 +186,8 @@ def _batch_block(rows: Sequence[Row]) -> Block:
     columns.append(Column("uniform", align([number(row["expected_uniform"]) for row in rows])))
     for name in ("uniform", "popularity", "request"):
         if any(row[f"reduction_{name}"] is not None for row in rows):
-            columns += estimate(f"vs {name}, %", rows, f"reduction_{name}", 100)
+            columns += estimate(f"vs {name}, %", rows, f"reduction_{name}", factor=100)
     return Block(columns, f"windows of {rows[0]['window']} tokens: unique experts of B of them, and how many fewer")
-
-
-def estimate(title: str, rows: Sequence[Row], name: str, factor: float = 1) -> list[Column]:
-    """Return the columns of an estimate and of its interval, where there is one."""
-    ends = [(scale(row.get(f"{name}_lo"), factor), scale(row.get(f"{name}_hi"), factor)) for row in rows]
-    halves = [None if low is None or high is None else (high - low) / 2 for low, high in ends]
-    cells = [number(scale(row[name], factor), half) for row, half in zip(rows, halves, strict=True)]
-    intervals = [interval(*pair) for pair in ends]
-    return [Column(title, align(cells)), *([Column("95 %", intervals, right=False)] if any(intervals) else [])]
 
 
 def _autocorr(subject: Subject) -> Content:
@@ -228,7 +225,7 @@ def _layer_block(rows: Sequence[Row]) -> Block:
     columns = [Column("layer", [str(row["layer"]) for row in rows]), *estimate("observed", rows, "observed")]
     for name in ("uniform", "popularity", "label", "request"):
         if any(row[f"reduction_{name}"] is not None for row in rows):
-            columns += estimate(f"vs {name}, %", rows, f"reduction_{name}", 100)
+            columns += estimate(f"vs {name}, %", rows, f"reduction_{name}", factor=100)
     return Block(columns, f"windows of {rows[0]['window']} tokens: unique experts, and how many fewer than expected")
 
 
@@ -286,7 +283,7 @@ def _gain(subject: Subject) -> tuple[list[str], list[Figure]]:
     from tracekit.analysis.gains import speedup
 
     gain = subject.gain
-    if not any(name in gain for name in ("hardware", "bandwidth", "flops")):
+    if not subject.has_machine:
         return [words.NO_MACHINE], []
     try:
         frame = speedup(subject.store, **subject.measured, **gain)
@@ -299,6 +296,94 @@ def _gain(subject: Subject) -> tuple[list[str], list[Figure]]:
     if frame["speedup"].is_not_null().any():
         figures.insert(0, Figure(Drawing.of(KINDS["speedup"].draw(frame)), blocks(frame, "speedup"), made))
     return words.gain(frame.rows(named=True)), figures
+
+
+def _budget(subject: Subject) -> Content:
+    import polars as pl
+
+    from tracekit.analysis.speculation import budget
+
+    length = at_window(subject)["window"]
+    frame = budget(subject.store, **subject.measured, window=length).filter(pl.col("window") == length)
+    made = [subject.command("budget", window=length), *_chart(subject, "budget", window=length)]
+    figure = Figure(Drawing.of(KINDS["budget"].draw(frame)), blocks(frame, "budget"), made, "chart_budget")
+    return words.budget(frame.rows(named=True), subject.info.meta), [figure]
+
+
+def _reuse(subject: Subject) -> Content:
+    from tracekit.analysis.offloading import reuse
+
+    frame = reuse(subject.store, **subject.measured)
+    made = [subject.command("reuse"), *_chart(subject, "reuse")]
+    figures = [Figure(Drawing.of(KINDS["reuse"].draw(frame)), blocks(frame, "reuse"), made, "chart_reuse")]
+    sets, _ = told(_windows_of, subject)
+    if isinstance(sets, UnsupportedError):
+        return words.reuse(frame.rows(named=True)), figures
+    rows = [row for row in sets.iter_rows(named=True) if row["observed"] is not None]
+    made = [subject.command("windows", max_window=_longest(subject))]
+    figures.append(Figure(None, [_working_set(rows)], made, "working_set"))
+    return words.reuse(frame.rows(named=True)) + words.working_set(rows), figures
+
+
+def _working_set(rows: Sequence[Row]) -> Block:
+    columns = [Column("tokens", [str(row["window"]) for row in rows]), *estimate("experts", rows, "observed")]
+    shares = [fixed(scale(row["observed"] / row["num_experts"], 100), 1) for row in rows]
+    added = [number(after["observed"] - row["observed"]) for row, after in pairwise(rows)] + [MISSING]
+    columns += [Column("of N, %", shares), Column("the next token adds", align(added))]
+    return Block(columns, "the working set: distinct experts of a layer in so many consecutive tokens")
+
+
+def _locality(subject: Subject) -> Content:
+    from tracekit.analysis.offloading import locality
+
+    frame = locality(subject.store, **subject.measured)
+    made = [subject.command("locality"), *_chart(subject, "locality")]
+    figure = Figure(Drawing.of(KINDS["locality"].draw(frame)), blocks(frame, "locality"), made, "chart_locality")
+    return words.locality(frame.rows(named=True)), [figure]
+
+
+def _layer_budgets(subject: Subject) -> Content:
+    from tracekit.analysis.offloading import layer_budgets
+
+    frame = layer_budgets(subject.store, **subject.measured)
+    made = [subject.command("layer-budgets"), *_chart(subject, "layer-budgets")]
+    drawing = Drawing.of(KINDS["layer-budgets"].draw(frame))
+    figure = Figure(drawing, blocks(frame, "layer_budgets"), made, "chart_layer_budgets")
+    return words.layer_budgets([row for row in frame.iter_rows(named=True) if row["layer"] is None]), [figure]
+
+
+def _offloading(subject: Subject) -> Content:
+    from tracekit.analysis.tpot import tpot
+    from tracekit.reports.timing_charts import tpot as tpot_chart
+
+    if not subject.has_machine:
+        raise UnsupportedError(words.NO_TIMES)
+    meta = subject.info.meta
+    asked: dict[str, Any] = {"link": subject.link or LINK, "capacity": max(meta.num_experts // 2, meta.top_k)}
+    asked |= {name: value for name, value in subject.gain.items() if name in CostOptions.__annotations__}
+    asked |= _best_predictor(subject)
+    try:
+        frame = tpot(subject.store, **subject.measured, **asked)
+    except UsageError as error:
+        raise UnsupportedError(str(error)) from None
+    made = [subject.command("tpot", **asked)]
+    return words.offloading(frame.rows(named=True)), [
+        Figure(Drawing.of(tpot_chart(frame)), blocks(frame, "tpot"), made)
+    ]
+
+
+def _best_predictor(subject: Subject) -> dict[str, Any]:
+    """Return the predictor, and how far it looks ahead, that foretells most of a token's k experts, if any."""
+    from tracekit.analysis.offloading import prefetch
+
+    frame, _ = told(prefetch, subject.store, **subject.measured)
+    if isinstance(frame, UnsupportedError):
+        return {}
+    rows = [r for r in frame.iter_rows(named=True) if r["m"] == subject.info.meta.top_k and r["recall"] is not None]
+    if not rows:
+        return {}
+    best = max(rows, key=lambda row: row["recall"])
+    return {"predictor": best["predictor"]} | ({} if best["distance"] is None else {"distance": best["distance"]})
 
 
 def _cache(subject: Subject) -> Content:
@@ -322,7 +407,9 @@ def _prefetch(subject: Subject) -> Content:
 
 def _provenance(subject: Subject) -> Content:
     info, meta = subject.info, subject.info.meta
-    sources = dict.fromkeys(PurePath(name).name for segment in info.segments for name in segment.sources)
+    sources = list(dict.fromkeys(PurePath(file.name).name for file in info.sources))
+    if len(sources) > _SOURCES:
+        sources[_SOURCES - 1 :] = [f"{len(sources) - _SOURCES + 1:,} more"]
     ranks = {True: "the router's order", False: "sorted: the router's order is lost", None: None}[meta.router_order]
     facts: Mapping[str, Any] = {
         "model": meta.model,
@@ -396,8 +483,13 @@ SECTIONS: dict[str, tuple[str, Callable[[Subject], Content]]] = {
     "layers": ("Layer by layer", _layers),
     "load": ("How evenly the experts are used", _load),
     "speculation": ("What speculative decoding gains", _speculation),
+    "budget": ("What a budget of experts keeps", _budget),
+    "reuse": ("How far reuse reaches", _reuse),
+    "locality": ("How local the routing is", _locality),
     "cache": ("What a cache of experts hits", _cache),
+    "layer-budgets": ("How layers should share a cache", _layer_budgets),
     "prefetch": ("How well the experts are foretold", _prefetch),
+    "offloading": ("How long a token takes with offloaded experts", _offloading),
     "provenance": ("Where the numbers come from", _provenance),
 }
 """The sections by key, in their order."""

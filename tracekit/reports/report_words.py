@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracekit.reports.report_parts import Key, Method, Row, Subject, figure, said, span
-from tracekit.reports.text import count, fixed
+from tracekit.reports.text import count, fixed, number
 from tracekit.schema import TraceMeta
 
 SMALL = 1e-12
@@ -288,6 +288,156 @@ NO_MACHINE = (
 )
 
 
+NO_TIMES = (
+    "the time that a token takes depends on the machine, and none was named: with --hardware (or --bandwidth and "
+    "--flops), --link, and --model where the trace does not name it, the report says how many tokens per second remain "
+    "if only some experts fit"
+)
+
+
+def budget(rows: Sequence[Row], meta: TraceMeta) -> list[str]:
+    """Say what is kept of a window where only some of its experts are loaded."""
+    text = (
+        "If at most M experts of a layer may be loaded for a verification window, those that its tokens weigh most "
+        "together, the others' part of the output is lost."
+    )
+    known = [row for row in rows if row["weight_kept"] is not None]
+    if not known:
+        return [text]
+    one = min(known, key=lambda row: abs(row["budget"] - 2 * meta.top_k))
+    return [
+        text,
+        (
+            f"Windows of {one['window']} tokens use {figure(one, 'unique')} experts, of which "
+            f"{figure(one, 'experts_for_share')} carry {100 * one['share']:.4g} % of the router's weight. A budget of "
+            f"{one['budget']} keeps {said(one, 'weight_kept', 100)} of the weight, and all experts of "
+            f"{figure(one, 'tokens_intact', 100)} of the tokens."
+        ),
+    ]
+
+
+def reuse(rows: Sequence[Row]) -> list[str]:
+    """Say how large an LRU cache has to be for half and for nine tenths of the accesses."""
+    known = [row for row in rows if row["hit_rate"] is not None]
+    text = (
+        "An expert is worth keeping only until its next use. The curve says how often an LRU cache of each size still "
+        "holds an expert when it is needed again."
+    )
+    if not known:
+        return [text]
+    enough = {share: next((row for row in known if row["hit_rate"] >= share), None) for share in (0.5, 0.9)}
+    sizes = [f"{row['capacity']} experts per layer for {100 * share:.0f} %" for share, row in enough.items() if row]
+    first = 1 - known[-1]["hit_rate"]
+    takes = f"It takes {_joined(sizes)} of the accesses." if sizes else "No size hits half of the accesses."
+    return [text, f"{takes} First touches, which no size hits, are {100 * max(0.0, first):.1f} %."]
+
+
+def working_set(rows: Sequence[Row]) -> list[str]:
+    """Say how many experts a stretch of tokens uses, and how many more the next token does."""
+    if len(rows) < 2:
+        return []
+    last, before = rows[-1], rows[-2]
+    share = 100 * last["observed"] / last["num_experts"]
+    return [
+        (
+            f"The last {last['window']} tokens use {said(last, 'observed')} experts of a layer, {share:.1f} % of "
+            f"them; the last of them adds {fixed(last['observed'] - before['observed'], 2)} of its "
+            f"{last['top_k']} to what those before it used."
+        )
+    ]
+
+
+_PUBLISHED = "Published at 16 tokens: 37.9 % for DeepSeek-V2-Lite, 49.4 % for Mixtral, 54.1 % for Qwen3-30B-A3B."
+"""Liang et al., arXiv 2505.16056."""
+
+
+def locality(rows: Sequence[Row]) -> list[str]:
+    """Say how well one choice of experts serves a segment of tokens."""
+    text = (
+        "If nearby tokens need the same experts, one choice of experts can serve a whole segment of tokens. Both "
+        "measures see the segment beforehand: they say what locality there is, not what a policy gets."
+    )
+    known = [row for row in rows if row["srp"] is not None]
+    if not known:
+        return [text]
+    one = min(known, key=lambda row: abs(row["cache_ratio"] - 2))
+    score = (
+        f"A router that keeps an expert for all {one['segment']} tokens of a segment or for none has an F1 score (SRP) "
+        f"of at best {said(one, 'srp', 100)}; it keeps {figure(one, 'size_ratio')} × k experts."
+    )
+    score += f" {_PUBLISHED}" if one["segment"] == 16 else ""
+    if one["sch"] is not None:
+        score += (
+            f" A cache of {one['capacity']} experts that sees a segment ahead (SCH) hits {said(one, 'sch', 100)} of "
+            "the accesses."
+        )
+    return [text, score]
+
+
+def layer_budgets(rows: Sequence[Row]) -> list[str]:
+    """Say what it gains to give layers shares of their own."""
+    text = (
+        "Layers reuse their experts unequally, so that an expert's place is worth more in one layer than in another. "
+        "Each budget is split where it adds the most hits, and judged on requests that it was not learned from."
+    )
+    known = [row for row in rows if row["gain"] is not None]
+    if not known:
+        return [text]
+    best = max(known, key=lambda row: row["gain"])
+    low = best["gain"] if best["gain_lo"] is None else best["gain_lo"]
+    if low <= 0:
+        return [text, "Here no budget gains by it, as far as can be told: equal parts are as good."]
+    return [
+        text,
+        (
+            f"It gains most with {best['capacity']:.4g} experts per layer: {said(best, 'hit_rate', 100)} of the "
+            f"accesses hit, {figure(best, 'uniform', 100)} in equal parts."
+        ),
+    ]
+
+
+def offloading(rows: Sequence[Row]) -> list[str]:
+    """Say how many tokens per second remain, and what helps most."""
+    by_mode = {row["mode"]: row for row in rows}
+    first = by_mode["on_demand"]
+    text = (
+        f"Experts that do not fit into the device's memory are copied to it when they are needed. On "
+        f"{first['hardware'] or 'this machine'}, over a link of {first['link'] / 1e9:.3g} GB/s and for one request, a "
+        f"token that copies all of its experts takes {number(first['tpot_ms'])} ms, {_per_second(first)} tokens per "
+        f"second, of which the device computes for {number(first['compute_ms'])} ms."
+    )
+    if "cache" in by_mode:
+        row = by_mode["cache"]
+        text += (
+            f" With {row['capacity']} experts of each layer in a cache ({row['policy']}) it takes "
+            f"{_duration(row)}, {_per_second(row)} tokens per second."
+        )
+    ahead = by_mode.get("cache+prefetch") or by_mode.get("prefetch")
+    if ahead is None:
+        return [text]
+    cache = "and the cache" if ahead["mode"] == "cache+prefetch" else "alone"
+    return [
+        text,
+        (
+            f"With what the predictor “{ahead['predictor']}” foretells copied ahead, {cache}, it takes "
+            f"{_duration(ahead)}, {_per_second(ahead)} tokens per second."
+        ),
+    ]
+
+
+def _duration(row: Row) -> str:
+    low, high = row["tpot_ms_lo"], row["tpot_ms_hi"]
+    if low is None or high is None or low == high:
+        return f"{number(row['tpot_ms'])} ms"
+    value, low, high = (number(end, (row["tpot_ms_hi"] - row["tpot_ms_lo"]) / 2) for end in (row["tpot_ms"], low, high))
+    return f"{value} ms (95 % interval {low} to {high})"
+
+
+def _per_second(row: Row) -> str:
+    rate = 1e3 / row["tpot_ms"]
+    return number(rate) if rate < 1e3 else count(round(rate))
+
+
 def cache(rows: Sequence[Row], meta: TraceMeta) -> list[str]:
     """Say what an LRU cache of half the experts hits, beside the best that any policy could."""
     text = (
@@ -365,11 +515,26 @@ METHODS = (
     Method("Speedup", "S = AL / (V + D)",
            "AL tokens emitted per step, V the time of a verification and D that of the drafts, in steps without "
            "speculation; V is a roofline over the parts of the model, max(bytes / bandwidth, FLOPs / peak) each."),
+    Method("Budget of experts", "Σ w of the loaded experts / Σ w",
+           "The M experts of a layer with the most router weight in a window are loaded; the others' weight is lost."),
+    Method("Reuse distance", "experts used since the last use, itself included",
+           "The smallest LRU cache that still holds the expert (Mattson's stack distance). The working set is what the "
+           "last tokens used (Denning)."),
+    Method("Locality", "SRP = max over θ of 2 Σ_{c≥θ} c / (m · #{c≥θ} + Σ c)",
+           "c are an expert's uses in a segment of m tokens, pooled over experts and layers: the best F1 score of "
+           "keeping experts for whole segments. SCH is the hit rate of a cache that evicts what the next m tokens "
+           "need least."),
     Method("Cache", "hit rate = hits / accesses",
            "All experts that a token needs in a layer are looked up together, then updated together; none of them "
            "evicts another. Belady evicts what is needed again last: the optimum for experts of one size."),
+    Method("Layers' shares of a cache", "the next expert to the layer that gains most hits",
+           "By the layers' LRU curves, no layer with fewer than k; hit rates are of requests that the split was not "
+           "learned from."),
     Method("Prefetch", "recall = |predicted ∩ routed| / k",
            "Of the m experts that a predictor names before the layer, averaged over tokens and layers."),
+    Method("Time per token", "Σ_layers compute and copies, on two engines",
+           "One engine computes layer after layer, one copies experts over the link in the order in which they are "
+           "asked for; what was foretold is copied while earlier layers compute."),
     Method("Intervals", "θ ± t · se, delete-a-group jackknife",
            "Tokens of a request depend on each other, so whole requests are left out in turn, and the observed value "
            "and every baseline are computed anew. None with fewer than 5 requests, rough with fewer than 30."),
@@ -382,6 +547,12 @@ REFERENCES = (
     ("Hurlbert, The Nonconcept of Species Diversity, Ecology 52 (1971): rarefaction, the baseline “request”", ""),
     (("Quenouille, Notes on bias in estimation, Biometrika 43 (1956); Busing et al., Delete-m jackknife, Statistics "
      "and Computing 9 (1999): intervals"), ""),
+    ("Liang et al., Not All Models Suit Expert Offloading (2025): local routing consistency, SRP and SCH",
+     "https://arxiv.org/abs/2505.16056"),
+    ("Mattson et al., Evaluation techniques for storage hierarchies, IBM Systems Journal 9 (1970): stack distance", ""),
+    ("Denning, The working set model for program behavior, Communications of the ACM 11 (1968)", ""),
+    ("Madan et al., Speculating Experts (2026): prefetch from the hidden state, time per token",
+     "https://arxiv.org/abs/2603.19289"),
     ("Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023): acceptance",
      "https://arxiv.org/abs/2211.17192"),
 )  # fmt: skip

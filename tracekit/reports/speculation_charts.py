@@ -15,8 +15,10 @@ from tracekit.reports.drawing import (
     WIDTH,
     Line,
     Row,
+    at_length,
     finite,
     ladder,
+    lengths,
     line_chart,
     only,
     page,
@@ -162,6 +164,50 @@ def _subtitles(frame: pl.DataFrame) -> list[str]:
 
 
 # Cost and gain
+
+_KEPT = {
+    "weight kept": Line("#0072B2", (), "of the window's router weight, what the loaded experts carry"),
+    "tokens intact": Line("#D55E00", (8, 3), "tokens of the window all of whose experts are loaded"),
+}
+
+
+def budget(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
+    """Draw what a window keeps of its router weight, and of its tokens, by the experts that may be loaded for it.
+
+    Parameters
+    ----------
+    frame
+        As ``tk.query(store, "chart_budget")`` or ``tk.budget`` returns it.
+    window
+        T, which rows to draw; default: 4, or the longest that a trace has.
+
+    Raises
+    ------
+    UsageError
+        The frame has other columns, or no row of this window length.
+    UnsupportedError
+        The frame is empty.
+    """
+    frame = at_length(frame, window, "budget", "budget", "weight_kept", "tokens_intact")
+    about, panels = panels_of(frame)
+    data = []
+    for title, rows in panels:
+        lines = {
+            line: [
+                (r["budget"], *(r.get(f"{line.replace(' ', '_')}{end}") for end in ("", "_lo", "_hi")), r) for r in rows
+            ]
+            for line in _KEPT
+        }
+        data += ladder(title, lines, lambda _, r: {"loaded": r["loaded"], "unique": r["unique"]}, styles=_KEPT)
+    return line_chart(
+        data,
+        x=("Experts of a layer that may be loaded", "linear"),
+        y=("Share kept", ".1%"),
+        title=(f"What a budget of experts keeps, windows of {lengths(frame)} tokens", about),
+        more=(("loaded", "experts loaded", ".2f"), ("unique", "of", ".2f")),
+        styles=_KEPT,
+    )
+
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 """One for each draft length that is drawn, Okabe and Ito's."""

@@ -13,9 +13,9 @@ import polars as pl
 from tracekit.analysis.wants import WINDOW
 from tracekit.reports import caching, calibrating, designing, gaining, localising, modelling, prefetching, timing
 from tracekit.reports.export import EXPORT_FORMATS, export, plain
-from tracekit.reports.grid import Block, Column, draw, wrap
+from tracekit.reports.grid import Block, Column, draw, estimate, rounded, wrap
 from tracekit.reports.queries import Query
-from tracekit.reports.text import MISSING, NOISE, align, count, fixed, interval, number, printable, scale
+from tracekit.reports.text import MISSING, NOISE, align, count, interval, number, printable, scale
 from tracekit.schema import BASELINES, CAUSES
 
 FORMATS = ("table", *EXPORT_FORMATS)
@@ -96,23 +96,27 @@ def description(query: Query, width: int = WIDTH) -> str:
 def _windows(frame: pl.DataFrame) -> Iterator[Block]:
     for title, rows in _parts(frame, ["trace", "phase", "batch_size"]):
         first = Column("window", [str(row["window"]) for row in rows])
-        columns = [first, *_estimate("observed", rows, "observed"), _values("× k", rows, "per_top_k")]
+        columns = [first, *estimate("observed", rows, "observed"), _values("× k", rows, "per_top_k")]
         columns += [_values(name, rows, f"expected_{name}") for name in BASELINES if _any(rows, f"expected_{name}")]
         yield Block(columns, f"{title}: unique experts, and how many to expect")
         columns = [first]
         # Where there is no room the label's interval goes first, then popularity's.
         for name, rank in zip(BASELINES, (1, 2, 3, 1), strict=True):
             if _any(rows, f"reduction_{name}"):
-                columns += _estimate(name, rows, f"reduction_{name}", factor=100, interval_rank=rank)
+                columns += estimate(name, rows, f"reduction_{name}", factor=100, rank=rank)
         yield Block(columns, "fewer than expected, %")
 
 
 def _windows_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
     one = frame.filter(pl.col("window") <= WINDOW).filter(pl.col("window") == pl.col("window").max().over("trace"))
     for title, rows in _parts(one, ["trace", "phase", "batch_size", "window"]):
-        columns = [_group(by, rows), *_estimate("observed", rows, "observed")]
-        columns += [_percent(name, rows, f"reduction_{name}") for name in BASELINES if _any(rows, f"reduction_{name}")]
-        yield Block(columns, f"{title}: unique experts, and how far below each baseline")
+        columns = [_group(by, rows), *estimate("observed", rows, "observed")]
+        columns += [
+            Column(name, rounded(rows, f"reduction_{name}", factor=100), name=f"reduction_{name}")
+            for name in BASELINES
+            if _any(rows, f"reduction_{name}")
+        ]
+        yield Block(columns, f"{title}: unique experts, and how far below each baseline, %")
     others = "the other windows and " if one.height < frame.height else ""
     yield Block([], notes=[f"(--format csv has {others}every column)"])
 
@@ -138,16 +142,17 @@ def _expert_ratio_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
 
 def _ratios(rows: Sequence[Row]) -> list[Column]:
     rungs = [name for name in ("uniform", "popularity", "request") if _any(rows, f"ratio_{name}")]
-    return [*_estimate("ratio", rows, "ratio"), *(_values(name, rows, f"ratio_{name}") for name in rungs)]
+    return [*estimate("ratio", rows, "ratio"), *(_values(name, rows, f"ratio_{name}") for name in rungs)]
 
 
 def _autocorr(frame: pl.DataFrame) -> Iterator[Block]:
     for title, rows in _parts(frame, ["trace", "phase"]):
-        columns = [Column("lag", [str(row["lag"]) for row in rows]), *_estimate("overlap", rows, "overlap")]
+        columns = [Column("lag", [str(row["lag"]) for row in rows]), *estimate("overlap", rows, "overlap")]
+        columns += [_values("request", rows, "expected_request")] if _any(rows, "expected_request") else []
         columns += [
-            _values(heading, rows, name)
+            # What follows from the overlap is known no better than it.
+            Column(heading, align([number(row[name], _half(row, "overlap")) for row in rows]), name=name)
             for heading, name in (
-                ("request", "expected_request"),
                 ("ρ", "rho"),
                 ("ρ request", "rho_request"),
                 ("Jaccard", "jaccard"),
@@ -168,9 +173,7 @@ def _autocorr_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
         if not _constant(rows, "popularity"):
             columns.append(_values("popularity", at[1], "expected_popularity"))
         columns.append(_values("request", at[1], "expected_request"))
-        columns += [
-            Column(f"lag {lag}", [fixed(row["overlap"], 3) for row in part]) for lag, part in at.items() if part
-        ]
+        columns += [Column(f"lag {lag}", rounded(part, "overlap")) for lag, part in at.items() if part]
         yield Block(columns, f"{title}: overlap by lag{_constant(rows)}")
     yield Block([], notes=["(request: expected at lag 1; --format csv has every lag and column)"])
 
@@ -200,7 +203,7 @@ def _attribution(frame: pl.DataFrame) -> Iterator[Block]:
             Column("→ to", align([number(row["unique_after"]) for row in rows])),
             Column("drop", align([number(row["drop"]) for row in rows])),
             # An unresolved label has no share of its own; its drop went to the request.
-            *_estimate("share, %", rows, "share", factor=100),
+            *estimate("share, %", rows, "share", factor=100),
             Column("", [", ".join(word) for word in words], right=False),
         ]
         yield Block(columns, f"{title}: unique experts, cause by cause", _warnings(rows))
@@ -213,12 +216,12 @@ def _attribution_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
         columns = [_group(by, first), _values("uniform", first, "unique_before")]
         columns.append(_values("observed", last, "unique_after"))
         for cause, part in causes.items():
-            cells = zip(_percent("", part, "share").cells, part, strict=True)
-            marked = [cell + (" " if row["resolved"] else "*") for cell, row in cells]
+            cells = zip(rounded(part, "share", factor=100), part, strict=True)
+            marked = align([cell.rstrip() + " *"[not row["resolved"]] for cell, row in cells])
             columns.append(Column(_cause(cause), marked))
         unresolved = [] if all(row["resolved"] for row in rows) else ["* not resolved"]
         notes = unresolved + _warnings(rows)
-        yield Block(columns, f"{title}: unique experts, and the causes' shares of the drop", notes)
+        yield Block(columns, f"{title}: unique experts, and the causes' shares of the drop, %", notes)
     yield Block([], notes=["(--format csv has every step and interval)"])
 
 
@@ -263,28 +266,31 @@ def _steps(frame: pl.DataFrame) -> Iterator[Block]:
         kept = rows if len(rows) > 2 else rows[:1]  # one length: the row over all would say the same again
         first = Column("rows", ["all" if row["window"] is None else str(row["window"]) for row in kept])
         columns = [first, _counts("steps", kept, "n_steps")]
-        columns += [*_estimate("emitted", kept, "acceptance_length"), *_step_unions(kept)]
+        columns += [*estimate("emitted", kept, "acceptance_length"), *_step_unions(kept)]
         yield Block(columns, f"{title}: tokens emitted and experts loaded by a step")
         columns = [first, _values("uniform", kept, "expected_uniform")]
         columns += [_values(name, kept, f"expected_{name}") for name in ("popularity",)]
         columns += [_values("accepted-only", kept, "accepted_only"), _values("step", kept, "unique")]
-        columns += _estimate("bias, %", kept, "bias", factor=100)
+        columns += estimate("bias, %", kept, "bias", factor=100)
         yield Block(columns, "experts of as many tokens: expected, in windows of accepted ones, in a step")
 
 
 def _steps_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
     for title, rows in _parts(frame.filter(pl.col("window").is_null()), ["trace", "phase"]):
-        columns = [_group(by, rows), *_estimate("emitted", rows, "acceptance_length", interval_rank=2)]
+        columns = [_group(by, rows), *estimate("emitted", rows, "acceptance_length", rank=2)]
         columns += [*_step_unions(rows, 2), _values("accepted-only", rows, "accepted_only")]
-        columns += _estimate("bias, %", rows, "bias", factor=100, interval_rank=1)
+        columns += estimate("bias, %", rows, "bias", factor=100, rank=1)
         yield Block(columns, f"{title}: tokens emitted and experts loaded by a step")
     yield Block([], notes=["(of all lengths of step; --format csv has each, and every column)"])
 
 
 def _step_unions(rows: Sequence[Row], rank: int = 0) -> list[Column]:
-    columns = _estimate("unique", rows, "unique", interval_rank=rank)
+    columns = estimate("unique", rows, "unique", rank=rank)
     if _any(rows, "unique_kept"):
-        columns += [_values("kept", rows, "unique_kept"), _percent("rejected", rows, "rejected_share")]
+        columns += [
+            _values("kept", rows, "unique_kept"),
+            Column("rejected, %", rounded(rows, "rejected_share", factor=100), name="rejected_share"),
+        ]
     return columns
 
 
@@ -292,9 +298,9 @@ def _acceptance(frame: pl.DataFrame) -> Iterator[Block]:
     by = _group_column(frame)
     for title, rows in _parts(frame, ["trace", "phase", *([by] if by else [])]):
         columns = [Column("accepted", [str(row["accepted"]) for row in rows]), _counts("steps", rows, "n_steps")]
-        columns += _estimate("share, %", rows, "share", factor=100)
-        columns += _estimate("or more, %", rows, "at_least", factor=100, interval_rank=2)
-        columns += _estimate("rate, %", rows, "rate", factor=100, interval_rank=1)
+        columns += estimate("share, %", rows, "share", factor=100)
+        columns += estimate("or more, %", rows, "at_least", factor=100, rank=2)
+        columns += estimate("rate, %", rows, "rate", factor=100, rank=1)
         columns += [_values("unique", rows, "unique"), _values("rejected", rows, "rejected_unique")]
         length = 1 + sum(row["at_least"] for row in rows if row["accepted"])
         yield Block(columns, f"{title}: drafts accepted by a step, which emits {number(length)} tokens")
@@ -314,8 +320,8 @@ def _budget_by(frame: pl.DataFrame, by: str) -> Iterator[Block]:
 
 def _budget_columns(first: Column | None, rows: Sequence[Row]) -> list[Column]:
     columns = [_values("loaded", rows, "loaded"), _values("× k", rows, "per_top_k")]
-    columns += _estimate("weight kept, %", rows, "weight_kept", factor=100)
-    columns += _estimate("tokens intact, %", rows, "tokens_intact", factor=100, interval_rank=1)
+    columns += estimate("weight kept, %", rows, "weight_kept", factor=100)
+    columns += estimate("tokens intact, %", rows, "tokens_intact", factor=100, rank=1)
     return columns if first is None else [first, *columns]
 
 
@@ -521,25 +527,6 @@ def _group(by: str, rows: Sequence[Row]) -> Column:
 
 def _any(rows: Sequence[Row], name: str) -> bool:
     return any(row[name] is not None for row in rows)
-
-
-def _percent(title: str, rows: Sequence[Row], name: str) -> Column:
-    cells = [fixed(scale(row[name], 100), 1) for row in rows]
-    return Column(title, [cell if cell == MISSING else f"{cell} %" for cell in cells], name=name)
-
-
-def _estimate(title: str, rows: Sequence[Row], name: str, *, factor: float = 1, interval_rank: int = 0) -> list[Column]:
-    """Return a column of estimates, rounded by their intervals, and the column of the intervals."""
-    cells = [number(scale(row[name], factor), _half(row, name, factor)) for row in rows]
-    return [
-        Column(title, align(cells), name=name),
-        *_interval(rows, name, factor=factor, rank=interval_rank),
-    ]
-
-
-def _interval(rows: Sequence[Row], name: str, *, factor: float = 1, rank: int = 0) -> list[Column]:
-    cells = [interval(scale(row[f"{name}_lo"], factor), scale(row[f"{name}_hi"], factor)) for row in rows]
-    return [Column("95 %", cells, right=False, rank=rank, gap=1, name=f"{name}_lo/hi")] if any(cells) else []
 
 
 def _half(row: Row, name: str, factor: float = 1) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from tracekit.reports.grid import Block, Column
+from tracekit.reports.grid import Block, Column, rounded
 from tracekit.reports.text import MISSING, align, fixed, interval, number, printable, scale
 from tracekit.reports.timing_charts import NAMES
 
@@ -30,7 +30,7 @@ def _modes(rows: Sequence[Row]) -> Column:
 
 
 def _times(rows: Sequence[Row]) -> list[Column]:
-    columns = [_modes(rows), Column("TPOT", align([number(row["tpot_ms"]) for row in rows]))]
+    columns = [_modes(rows), Column("TPOT", rounded(rows, "tpot_ms"))]
     ends = [interval(row["tpot_ms_lo"], row["tpot_ms_hi"]) if row["mode"] != "on_demand" else "" for row in rows]
     if any(ends):
         columns.append(Column("95 %", ends, right=False, gap=1, rank=2, name="tpot_ms_lo/hi"))
@@ -42,6 +42,7 @@ def _times(rows: Sequence[Row]) -> list[Column]:
         Column("copies", align([number(row["copy_ms"]) for row in rows])),
         Column("overlap", align([number(row["overlapped_ms"]) for row in rows])),
         Column("saved, %", [fixed(scale(row["saving"], 100), 1) for row in rows]),
+        Column("tokens/s", align([number(1e3 / row["tpot_ms"]) for row in rows]), rank=3, name="1000 / tpot_ms"),
     ]
 
 
