@@ -1,9 +1,10 @@
 # Everything a fresh machine needs is made here: Python 3.11+ and make are enough.
 #
-#   make demo    environment, sample traces into a store, its summary, charts
+#   make demo    environment, then `tracekit demo`: a sample trace, its summary, charts, report
 #   make test    development environment, lint, types, layering, the manual, tests
 #   make docs    the manual, build/manual/index.html
 #   make test-capture  tests of capture, which need torch: an environment of their own
+#   make test-oldest   tests of the core, with the oldest versions of what pyproject.toml says it needs
 #   make bench   the benchmarks of benchmarks/README.md
 #   make clean   remove what the above made
 
@@ -11,9 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
-CHARTS := windows autocorr attribution
 
-.PHONY: demo test test-capture lint docs bare bench clean
+.PHONY: demo test test-capture test-oldest lint docs bare bench clean
 
 # Stamps record what an environment was made from, so that a second run is quick.
 $(VENV)/python:
@@ -32,19 +32,9 @@ $(VENV)/developed: $(VENV)/python pyproject.toml
 	@touch $@ $(VENV)/installed
 
 demo: $(VENV)/installed
-	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/tracekit ingest sample_traces/olmoe-vllm/responses.jsonl --config sample_traces/olmoe-vllm/config.json --label-fields domain \
-		--name olmoe --store $(DEMO)/store
-	$(BIN)/tracekit ingest sample_traces/synthetic/topical.npz --requests sample_traces/synthetic/topical.requests.json \
-		--label-fields label --name topical --store $(DEMO)/store
-	@for trace in olmoe topical; do \
-		echo; $(BIN)/tracekit summary $(DEMO)/store --trace $$trace || exit 1; \
-		for kind in $(CHARTS); do \
-			$(BIN)/tracekit chart $(DEMO)/store $$kind --trace $$trace -o $(DEMO)/$$trace-$$kind.html --quiet || exit 1; \
-		done; \
-	done
-	@echo; echo "The store is $(DEMO)/store; charts to open in a browser:"; ls $(DEMO)/*.html
-	@echo "Next: . $(BIN)/activate && tracekit --help"
+	@rm -rf $(DEMO)
+	$(BIN)/tracekit demo $(DEMO)
+	@echo "The command is on the path after: . $(BIN)/activate"
 
 # Tests run last, so that the last line says how many passed.
 test: lint docs bare
@@ -75,8 +65,7 @@ bare: $(VENV)/developed $(BARE)/installed
 	$(BIN)/python -m hatchling build -t wheel -d $(BARE)/dist
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(BARE)/dist/*.whl
 	cd $(BARE) && bin/tracekit --version && bin/tracekit --help > help.txt && bin/tracekit query --list > list.txt && bin/tracekit models > models.txt
-	cd $(BARE) && rm -rf s.* store && bin/tracekit synth sticky s.npz --quiet > truth.txt \
-		&& bin/tracekit ingest s.npz --requests s.requests.json --store store && bin/tracekit summary store > summary.txt
+	cd $(BARE) && rm -rf tracekit-demo && bin/tracekit demo > demo.txt
 
 # torch is large and nothing else needs it, so its tests have an environment of their own.
 CAPTURE := build/capture
@@ -92,8 +81,27 @@ $(CAPTURE)/installed: $(VENV)/python pyproject.toml
 test-capture: $(CAPTURE)/installed
 	$(CAPTURE)/bin/python -m pytest tests/capture $(PYTEST_ARGS)
 
+# The lower bounds in pyproject.toml are a promise. Newer Pythons than this have no wheels of them.
+OLDEST := build/oldest
+OLDEST_PYTHON ?= python3.11
+CORE := cli tables metrics store queries charts report samples sources_arrays sources_responses
+
+$(OLDEST)/installed: pyproject.toml
+	@rm -rf $(OLDEST) && mkdir -p $(OLDEST)
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(OLDEST)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+		| sed 's/>=/==/' > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt pytest hypothesis
+	@touch $@
+
+# Not installed: the tests run on the checkout's package. Another version of numba must not read the cached kernels.
+test-oldest: $(OLDEST)/installed
+	NUMBA_CACHE_DIR=$(CURDIR)/$(OLDEST)/kernels $(OLDEST)/bin/python -m pytest $(CORE:%=tests/test_%.py) $(PYTEST_ARGS)
+
 bench: $(VENV)/developed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/scale.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -31,6 +31,7 @@ _PUBLIC = {
     "capture_transformers": "capture.transformers",
     "chart": "reports.charts",
     "check": "checking",
+    "compact": "store",
     "design": "analysis.design",
     "compare": "analysis.comparison",
     "expert_ratio": "analysis.speculation",
@@ -51,6 +52,7 @@ _PUBLIC = {
     "report": "reports.report",
     "reuse": "analysis.offloading",
     "RoutingLaw": "economics.law",
+    "running": "execution",
     "speedup": "analysis.gains",
     "step_time": "analysis.gains",
     "steps": "analysis.speculation",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from tracekit.economics.law import RoutingLaw as RoutingLaw
     from tracekit.errors import TracekitError as TracekitError
     from tracekit.errors import TracekitWarning as TracekitWarning
+    from tracekit.execution import running as running
     from tracekit.jupyter import load_ipython_extension as load_ipython_extension
     from tracekit.reports import charts as charts
     from tracekit.reports.charts import chart as chart
@@ -105,6 +108,7 @@ if TYPE_CHECKING:
     from tracekit.sources.catalogue import models as models
     from tracekit.store import Store as Store
     from tracekit.store import TraceInfo as TraceInfo
+    from tracekit.store import compact as compact
     from tracekit.store import ingest as ingest
     from tracekit.synthetic import synth as synth
 

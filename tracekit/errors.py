@@ -7,6 +7,16 @@ of the command line.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Return the question that proposes the closest of the known names, None where none is; case does not matter."""
+    folded = {spelling.casefold(): spelling for spelling in known}
+    close = difflib.get_close_matches(name.casefold(), folded, 1)
+    return f"Did you mean {folded[close[0]]!r}?" if close else None
+
 
 class TracekitError(Exception):
     """Base of everything tracekit raises on purpose.

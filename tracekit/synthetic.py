@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 from tracekit.economics.law import NEGLIGIBLE, RoutingLaw, absence, inclusion
 from tracekit.economics.law_file import load
-from tracekit.errors import UsageError
+from tracekit.errors import UsageError, did_you_mean
 from tracekit.schema import Request, TraceMeta, id_dtype
 
 __all__ = ["KINDS", "SynthTrace", "synth"]
@@ -635,7 +635,8 @@ def synth(
         make, about = _KINDS[kind].make, {}
         values = _shape_of(kind, shape)
     else:
-        raise UsageError(f"the kind {kind!r}", expected=f"one of {', '.join(KINDS)}, law")
+        known = (*KINDS, "law")
+        raise UsageError(f"the kind {kind!r}", expected="one of " + ", ".join(known), remedy=did_you_mean(kind, known))
     num_experts, top_k, layers = (
         default if given is None else given for given, default in ((num_experts, 64), (top_k, 8), (layers, 4))
     )
@@ -667,7 +668,7 @@ def _shape_of(kind: str, shape: Mapping[str, float]) -> dict[str, float]:
     unknown = sorted(set(shape) - set(known))
     if unknown:
         takes = f"{kind} takes {', '.join(known)}" if known else f"{kind} takes none"
-        raise UsageError(f"the parameter {unknown[0]!r}", expected=takes)
+        raise UsageError(f"the parameter {unknown[0]!r}", expected=takes, remedy=did_you_mean(unknown[0], known))
     values = {**known, **shape}
     if "labels" in values and float(values["labels"]).is_integer():
         values["labels"] = int(values["labels"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracekit.errors import SourceError
+from tracekit.errors import SourceError, did_you_mean
 from tracekit.sources.base import scalar_text
 from tracekit.sources.files import reading
 from tracekit.sources.jsonio import records
@@ -109,7 +109,7 @@ def _prompt(
             f"has no label field {missing!r}",
             where=where,
             expected=f"one of {', '.join(sorted(fields))}" if fields else "a field beside the prompt",
-            remedy="Name another field with --label-fields",
+            remedy=did_you_mean(missing, fields) or "Name another field with --label-fields",
         )
     labels = {**{name: fields[name] for name in label_fields}, **constant}
     key, content = given[0], entry[given[0]]

@@ -21,6 +21,7 @@ VERBS = {
     "capture": "tracekit.cli.capture:capture",
     "formats": "tracekit.cli.formats:formats",
     "info": "tracekit.cli.info:info",
+    "compact": "tracekit.cli.compact:compact",
     "summary": "tracekit.cli.analyses:summary",
     "windows": "tracekit.cli.analyses:windows",
     "expert-ratio": "tracekit.cli.speculation:expert_ratio",
@@ -46,8 +47,10 @@ VERBS = {
     "query": "tracekit.cli.sql:query",
     "sql": "tracekit.cli.sql:sql",
     "views": "tracekit.cli.sql:views",
+    "demo": "tracekit.cli.demo:demo",
     "models": "tracekit.cli.models:models",
     "synth": "tracekit.cli.synth:synth",
+    "completion": "tracekit.cli.completion:completion",
 }
 """The verbs, in the order of their use, and where each is defined."""
 
@@ -57,7 +60,7 @@ SECTIONS = {
     "steps": "Speculative decoding",
     "cache": "Offloaded experts",
     "report": "Results",
-    "models": "Beside",
+    "demo": "Beside",
 }
 """The titles under which the help lists the verbs, each by the first of them."""
 
@@ -68,6 +71,7 @@ SECTIONS = {
     sections=SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="\b\nStart with:\n"
+    "  tracekit demo\n"
     "  tracekit ingest trace.npz --num-experts 64 --phase decode --store traces\n"
     "  tracekit summary traces",
 )

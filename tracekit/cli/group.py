@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from tracekit.errors import did_you_mean
 
 
 class LazyGroup(click.Group):
@@ -45,15 +47,19 @@ class LazyGroup(click.Group):
         verb: click.Command = getattr(import_module(module), attribute)
         return verb
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a verb; without its help, for which every verb would be imported."""
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [CompletionItem(name) for name in self._verbs if name.startswith(incomplete)]
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb; an unknown one is answered with the closest."""
         name = args[0]
-        if name not in self._verbs and not name.startswith("-"):
-            close = difflib.get_close_matches(name, self._verbs, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            ctx.fail(f"No such command {name!r}.{hint}")
+        if name not in self._verbs and not name.startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(" ".join(filter(None, (f"No such command {name!r}.", did_you_mean(name, self._verbs)))))
         return super().resolve_command(ctx, args)
 
 

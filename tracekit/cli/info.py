@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tracekit.cli.completion import traces
 from tracekit.cli.group import verb
 from tracekit.cli.options import store_argument
 from tracekit.cli.output import Output, output_options
@@ -13,7 +14,7 @@ from tracekit.cli.output import Output, output_options
 
 @verb("info", examples=["tracekit info traces", "tracekit info traces --format json"])
 @store_argument
-@click.option("--trace", metavar="NAME", help="Only this trace.")
+@click.option("--trace", metavar="NAME", shell_complete=traces, help="Only this trace.")
 @output_options
 def info(store: Path, trace: str | None, out: Output) -> None:
     """Say what a store holds: its traces and their shape.
@@ -58,7 +59,7 @@ def info(store: Path, trace: str | None, out: Output) -> None:
             FROM findings
             GROUP BY trace
         ) AS found USING (trace)
-        WHERE trace = coalesce(getvariable('trace'), trace)
+        WHERE trace = coalesce(getvariable('trace')::VARCHAR, trace)
         ORDER BY trace
     """
     out.table(opened.sql(select, {"trace": trace}), "info")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from tracekit.cli import completion
 from tracekit.cli.group import verb
-from tracekit.cli.options import one_of
+from tracekit.cli.options import OneOf
 from tracekit.cli.output import Output, output_options
 from tracekit.sources.quantisation import SCHEMES
 
@@ -20,12 +21,12 @@ from tracekit.sources.quantisation import SCHEMES
         "tracekit models --config config.json --bits 4.85 --format json",
     ],
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.models)
 @click.option("--config", type=click.Path(path_type=Path), help="The model's config.json, for one that is not listed.")
 @click.option(
     "--quantisation",
     metavar="|".join(SCHEMES),
-    type=one_of(SCHEMES),
+    type=OneOf(SCHEMES),
     help="Sizes of weights in this scheme. [default: as the config says]",
 )
 @click.option(

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from tracekit.cli import completion
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import key_value, mapping, selectors, store_argument
+from tracekit.cli.options import key_value, mapping, running_options, selectors, store_argument
 from tracekit.cli.output import Output, output_options
+from tracekit.store.results import KINDS
 
 
 @verb(
@@ -18,17 +20,21 @@ from tracekit.cli.output import Output, output_options
     examples=[
         'tracekit sql traces "SELECT layer, count(DISTINCT expert) FROM activations GROUP BY layer"',
         'tracekit sql traces "SELECT * FROM requests" -o requests.csv',
+        'tracekit sql traces "DESCRIBE windows"',
     ],
 )
 @store_argument
 @click.argument("statement", metavar="SQL")
+@running_options("SQL")
 @output_options
 def sql(store: Path, statement: str, out: Output) -> None:
     """Run one SELECT over the views of a store.
 
-    The SQL is DuckDB's. The views: traces, requests, routing (a row per token and layer), activations (a row per
-    routed expert), tokens, and the results computed so far: windows, autocorr, attribution, load. The statement can
-    read the store and nothing else, and cannot write.
+    The SQL is DuckDB's. The views of traces: traces, requests, routing (a row per token and layer), activations (a row
+    per routed expert), counts, tokens, verification (steps with their rejected drafts), predictions and findings. The
+    views of results, with what was computed so far: RESULTS.
+
+    The statement can read the store and nothing else, and cannot write.
     """
     import tracekit as tk
     from tracekit.reports.tables import MAX_ROWS
@@ -39,6 +45,10 @@ def sql(store: Path, statement: str, out: Output) -> None:
         return
     with tk.open(store).connect() as connection:
         out.table(run(connection, statement, MAX_ROWS + 1))  # one more says that there are more
+
+
+assert sql.help is not None
+sql.help = sql.help.replace("RESULTS", ", ".join(KINDS))
 
 
 @verb("views", examples=["tracekit views traces > views.sql"])
@@ -59,7 +69,7 @@ def views(store: Path) -> None:
     ],
 )
 @click.argument("store", required=False, type=click.Path(path_type=Path))
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.queries)
 @click.option(
     "--param",
     "params",
@@ -69,8 +79,14 @@ def views(store: Path) -> None:
     help="A parameter of the query; may be repeated.",
 )
 @click.option("--list", "listed", is_flag=True, help="List the queries.")
-@click.option("--describe", metavar="NAME", help="Show what a query yields and the parameters it takes.")
+@click.option(
+    "--describe",
+    metavar="NAME",
+    shell_complete=completion.queries,
+    help="Show what a query yields and the parameters it takes.",
+)
 @selectors(by=[])
+@running_options("the sums of a pass, and for SQL")
 @output_options
 def query(
     store: Path | None,

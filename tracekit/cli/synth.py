@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tracekit.cli.group import verb
-from tracekit.cli.options import one_of
+from tracekit.cli.options import OneOf
 from tracekit.cli.output import Output, output_options
 from tracekit.reports.files import check_writable
 
@@ -42,7 +42,7 @@ def lengths(value: str) -> int | tuple[int, int]:
     ],
     kinds=KINDS,
 )
-@click.argument("kind", metavar="KIND", type=one_of(KINDS))
+@click.argument("kind", metavar="KIND", type=OneOf(KINDS))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--num-experts", type=int, help="Routed experts per layer, N. [default: 64, or the law's]")
 @click.option("--top-k", type=int, help="Routed experts per token, k. [default: 8, or the law's]")
