@@ -1,4 +1,4 @@
-"""The same sums without tracekit: plain Python sets, and DuckDB SQL.
+"""The same sums without tracekit: plain Python sets, DuckDB SQL, and Polars.
 
 Each takes decode-only requests whose positions have no holes, and returns means over layers: unique experts for
 windows of 1..T tokens, overlap (as a share of k) for lags 1..D, and the uses of each expert at each layer.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import reduce
+from operator import add, or_
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,3 +147,45 @@ def duckdb_sql(
     for layer, expert, n in con.execute(counts_sql(parts, top_k)).fetchall():
         counts[layers.index(layer), expert] = n
     return Answer([float(v) for v in row[:max_window]], [float(v) for v in row[max_window:]], counts)
+
+
+def polars_masks(parts: list[Path], num_experts: int, top_k: int, max_window: int, max_lag: int) -> Answer:
+    """Polars over a store's part files: bit masks of 64 experts a word, looked up in tables, and shifted columns.
+
+    As in the streaming SQL, the rows are in order already: a window or pair counts where the row it ends in belongs to
+    the same request and layer.
+    """
+    import polars as pl
+
+    words = range(-(-num_experts // 64))
+    bits = np.zeros((len(words), num_experts), np.uint64)
+    experts = np.arange(num_experts)
+    bits[experts // 64, experts] = np.uint64(1) << (experts % 64).astype(np.uint64)
+    tables = [pl.lit(pl.Series(row)) for row in bits]
+    ranks = [f"e{r}" for r in range(top_k)]
+    run = pl.col("request").cast(pl.UInt64) * 65536 + pl.col("layer")
+    masks = [reduce(or_, [tables[i].gather(pl.col(e)) for e in ranks]).alias(f"m{i}") for i in words]
+    frame = pl.scan_parquet(parts).select(run.alias("run"), "layer", *ranks, *masks)
+
+    def ones(columns: list[pl.Expr]) -> pl.Expr:
+        return reduce(add, [column.bitwise_count_ones().cast(pl.Int64) for column in columns])
+
+    def later(column: str, d: int) -> pl.Expr:
+        return pl.col(column).shift(-d)
+
+    means = []
+    union = [pl.col(f"m{i}") for i in words]
+    for t in range(1, max_window + 1):
+        union = union if t == 1 else [union[i] | later(f"m{i}", t - 1) for i in words]
+        means.append(ones(union).filter(later("run", t - 1) == pl.col("run")).mean().alias(f"window {t}"))
+    for d in range(1, max_lag + 1):
+        shared = ones([pl.col(f"m{i}") & later(f"m{i}", d) for i in words])
+        means.append((shared.filter(later("run", d) == pl.col("run")).mean() / top_k).alias(f"lag {d}"))
+    uses = frame.select("layer", *ranks).unpivot(ranks, index="layer").group_by("layer", "value").len()
+    row, counted = pl.collect_all([frame.select(means), uses])
+    table = counted.pivot("layer", index="value", values="len").sort("value")
+    counts = np.zeros((table.width - 1, num_experts), np.int64)
+    layers = sorted(table.columns[1:], key=int)
+    counts[:, table["value"].to_numpy()] = table.select(layers).fill_null(0).to_numpy().T
+    values = row.row(0)
+    return Answer(list(values[:max_window]), list(values[max_window:]), counts)

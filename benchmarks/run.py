@@ -185,7 +185,7 @@ def library(store: str | Path, *, intervals: bool, rank0: bool = True) -> Measur
     Without ``rank0`` the trace is taken for one that does not keep router order, as most engines' traces do not.
     """
     import tracekit as tk
-    from tracekit.analysis.passes import threads
+    from tracekit.execution import current
     from tracekit.metrics.measurement import Measurement
     from tracekit.metrics.state import Spec
 
@@ -193,7 +193,7 @@ def library(store: str | Path, *, intervals: bool, rank0: bool = True) -> Measur
     trace = opened.trace()
     meta = replace(trace.meta, router_order=trace.meta.router_order if rank0 else None)
     spec = Spec("decode", max_window=MAX_WINDOW, max_lag=MAX_LAG, intervals=intervals)
-    measured = Measurement.read(meta, opened.requests(trace), spec, opened.columns(trace), threads())
+    measured = Measurement.read(meta, opened.requests(trace), spec, opened.columns(trace), current().threads)
     measured.windows()
     measured.autocorr()
     measured.load()
