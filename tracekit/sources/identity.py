@@ -14,6 +14,8 @@ from tracekit.schema import SourceFile
 from tracekit.sources.files import reading
 
 _NAMED = 5
+_PIECE = 1 << 18
+"""Bytes that are read at a time for a digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,16 @@ class Once:
         self._sizes = {file.size for file in known}
         self._readings: dict[int, _Reading] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracekit-digest")
+        self._buffer = memoryview(bytearray(_PIECE))  # the thread's, for all files: new memory has to be cleared
 
     def begin(self, number: int) -> bool:
         """Return whether the candidate of that number is to be read; they are asked for in order."""
         for n in (number, number + 1):
             if n < len(self.candidates) and n not in self._readings:
                 paths = self.candidates[n].paths
-                self._readings[n] = _Reading(self.candidates[n], _states(paths), self._pool.submit(_digest, paths))
+                self._readings[n] = _Reading(
+                    self.candidates[n], _states(paths), self._pool.submit(_digest, paths, self._buffer)
+                )
         here = self._readings[number]
         if here.candidate.size not in self._sizes:
             return True
@@ -124,9 +129,12 @@ def _states(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return found
 
 
-def _digest(paths: Sequence[Path]) -> str:
+def _digest(paths: Sequence[Path], buffer: memoryview) -> str:
     digests = []
     for path in paths:
-        with reading(str(path)), path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        digest = hashlib.sha256()
+        with reading(str(path)), path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(buffer[:size])
+        digests.append(digest.hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
