@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 import click
@@ -20,12 +20,12 @@ def progress_bar(label: str, *, shown: bool) -> Iterator[Callable[[int, int, int
     if not shown or not sys.stderr.isatty():
         yield None
         return
-    bar, began = _bar(label, "tokens"), time.monotonic()
+    bar, began = _bar(label, "tokens"), monotonic()
     with bar:
 
         def report(done: int, total: int, tokens: int) -> None:
             bar.length = max(total, done, 1)
-            bar.update(done - bar.pos, (tokens, time.monotonic() - began))
+            bar.update(done - bar.pos, (tokens, monotonic() - began))
 
         yield report
 
@@ -42,8 +42,8 @@ def pass_bar(*, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     def report(done: int, total: int) -> None:
         nonlocal bar, began
         if done == 0:
-            bar, began = None, time.monotonic()
-        taken = time.monotonic() - began
+            bar, began = None, monotonic()
+        taken = monotonic() - began
         if bar is None and taken >= _PATIENCE and done < total:
             bar = _bar("reading", "ids")
             bar.length = total
@@ -63,6 +63,13 @@ def pass_bar(*, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
 def _bar(label: str, unit: str) -> Any:
     def shown(item: tuple[int, float] | None) -> str:
         count, seconds = item or (0, 0.0)
-        return f"{count:,} {unit}" + (f", {count / seconds:,.0f}/s" if count and seconds >= _PATIENCE else "")
+        return f"{_short(count)} {unit}" + (f", {_short(count / seconds)}/s" if count and seconds >= _PATIENCE else "")
 
-    return click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=shown)
+    return click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=shown, width=24)
+
+
+def _short(number: float) -> str:
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= 10 * unit:
+            return f"{number / unit:,.0f}{name}"
+    return f"{number:,.0f}"

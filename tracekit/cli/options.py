@@ -208,7 +208,7 @@ def running_options(
                 raise on_this_machine()
             if threads is not None and "polars" not in sys.modules:
                 os.environ["POLARS_MAX_THREADS"] = str(threads)  # Polars reads it once, when it is imported
-            quiet = getattr(kwargs.get("out"), "quiet", True)
+            quiet = kwargs.get("quiet", True)
             how = {"threads": threads, "memory": size, "engine": engine, "address": address}
             with pass_bar(shown=not quiet) as progress, running(progress=progress, **how):
                 return function(*args, **kwargs)
