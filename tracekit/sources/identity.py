@@ -16,6 +16,8 @@ from tracekit.sources.files import reading
 _NAMED = 5
 _PIECE = 1 << 18
 """Bytes that are read at a time for a digest."""
+_LARGE = 4 << 20
+"""Bytes from which a file's digest is made in a thread: for less, waking the thread costs more than the digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Once:
 
     Requests may be the same, of the same prompt: what is given twice and in the trace once is read once more.
 
-    Digests are made in a thread, one source ahead of the reader; what has the size of nothing in the trace is read
-    meanwhile.
+    Digests of large files are made in a thread, one source ahead of the reader; what has the size of nothing in the
+    trace is read meanwhile.
 
     Parameters
     ----------
@@ -65,16 +67,16 @@ class Once:
         self._sizes = {file.size for file in known}
         self._readings: dict[int, _Reading] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracekit-digest")
-        self._buffer = memoryview(bytearray(_PIECE))  # the thread's, for all files: new memory has to be cleared
+        # One for the thread and one for the reader, for all files: new memory has to be cleared.
+        self._buffers = [memoryview(bytearray(_PIECE)) for _ in range(2)]
 
     def begin(self, number: int) -> bool:
         """Return whether the candidate of that number is to be read; they are asked for in order."""
-        for n in (number, number + 1):
-            if n < len(self.candidates) and n not in self._readings:
-                paths = self.candidates[n].paths
-                self._readings[n] = _Reading(
-                    self.candidates[n], _states(paths), self._pool.submit(_digest, paths, self._buffer)
-                )
+        for n in range(number, min(number + 2, len(self.candidates))):
+            candidate = self.candidates[n]
+            if n not in self._readings and (n == number or candidate.size > _LARGE):
+                states = _states(candidate.paths)
+                self._readings[n] = _Reading(candidate, states, self._digest(candidate))
         here = self._readings[number]
         if here.candidate.size not in self._sizes:
             return True
@@ -85,6 +87,13 @@ class Once:
         self.left_out.append(here.candidate.name)
         del self._readings[number]
         return False
+
+    def _digest(self, candidate: Candidate) -> Future[str]:
+        if candidate.size > _LARGE:
+            return self._pool.submit(_digest, candidate.paths, self._buffers[0])
+        digest: Future[str] = Future()
+        digest.set_result(_digest(candidate.paths, self._buffers[1]))
+        return digest
 
     def end(self, number: int) -> SourceFile:
         """Return what was read.
