@@ -428,9 +428,9 @@ class Loops:
         step, one = by_layer.strides
         shape = (self.LAGS, layers, rows)
         later: Keys = np.ndarray(shape, by_layer.dtype, by_layer, one, (one, step, one))  # a view, moved by 1, 2, …
-        same = (later == by_layer[:, :rows]).astype(np.float32).reshape(self.LAGS, layers, blocks, size)
-        equal = same @ np.ones(size, np.float32)  # a product is the fastest sum, and exact
-        return np.asarray(equal.sum(axis=1, dtype=np.float64) / (layers * size))
+        same = (later == by_layer[:, :rows]).view(np.uint8)
+        equal = same.sum(axis=1, dtype=np.min_scalar_type(layers))  # the smallest type is the fastest
+        return np.asarray(equal.reshape(self.LAGS, blocks, size).sum(axis=2) / (layers * size))
 
     def _scan_long(self, request_id: str, start: int, keys: Keys) -> None:
         """Look for a period above ``LAGS // 2`` in ``[rows, layers]`` keys."""

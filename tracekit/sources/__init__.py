@@ -233,9 +233,8 @@ def open_source(
             continue
         found = _folder(path, forced, notes) if path.is_dir() else [(path, forced or detect(path))]
         for file, reader in found:
-            relative = file if base in file.parents else file.absolute()
-            name = relative.relative_to(base).as_posix()
-            files.append(_File(file, reader, file_size(file), stem(relative, base), name, [file]))
+            relative = (file if file.is_relative_to(base) else file.absolute()).relative_to(base)
+            files.append(_File(file, reader, file_size(file), stem(relative), relative.as_posix(), [file]))
     formats = sorted({file.reader.name for file in files})
     if len(formats) > 1:
         raise SourceError(

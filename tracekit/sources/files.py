@@ -103,16 +103,18 @@ def row_by_row(array: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
 def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder in the order of their paths, without hidden ones and those that may never end."""
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
     except OSError:
         return
-    for path in entries:
-        if path.name.startswith("."):
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
             continue
-        if path.is_dir():
-            if not path.is_symlink():
+        if entry.is_dir():
+            if not entry.is_symlink():
                 yield from walk(path)
-        elif not is_endless(path):
+        elif entry.is_file() or not is_endless(path):
             yield path
 
 
@@ -121,7 +123,6 @@ def is_endless(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def stem(path: Path, base: Path) -> str:
-    """Path relative to ``base`` without its last suffix, with forward slashes: a request's default id."""
-    relative = path.relative_to(base)
-    return relative.with_suffix("").as_posix().encode("utf-8", "replace").decode("utf-8")
+def stem(path: Path) -> str:
+    """Path without its last suffix, with forward slashes: a request's default id, from the path below its folder."""
+    return path.with_suffix("").as_posix().encode("utf-8", "replace").decode("utf-8")

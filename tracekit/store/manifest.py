@@ -289,7 +289,7 @@ def write_manifest(root: Path, traces: list[TraceInfo]) -> None:
     temporary = root / f"{TEMPORARY}{MANIFEST}.{os.getpid()}"
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
+            file.write(json.dumps(data))  # not dump and no indent: ten times as long with thousands of sources
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(root / MANIFEST)

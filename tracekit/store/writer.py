@@ -26,7 +26,7 @@ from tracekit.sources.files import fault
 from tracekit.sources.histograms import tokens_of
 from tracekit.sources.mend import Mended, Mends, Stream
 from tracekit.sources.released import released_experts, released_top_k
-from tracekit.store.ahead import ahead
+from tracekit.store.ahead import SMALL, ahead
 from tracekit.store.manifest import (
     MANIFEST,
     SEGMENTS,
@@ -392,7 +392,7 @@ def _store_trace(
         checker = Checker(source.meta, released_top_k(source.meta), released_experts(source.meta), phase)
         trace, tokens = base, 0
         # A trace that is made as it is written stays in this thread: models keep state there.
-        records = source.records() if isinstance(source, _Given) else ahead(source.records())
+        records = source.records() if isinstance(source, _Given) else ahead(source.records(), SMALL)
         record = next(records, None)
         while record is not None:
             writer = _SegmentWriter(root, source.meta, trace.requests if trace else 0, known)
