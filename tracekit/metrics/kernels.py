@@ -120,22 +120,25 @@ def _history(ids: Any, begin: int, end: int, delay: int, bits: int, words: Any, 
         else:
             for e in range(n_experts):
                 table[base + e] >>= epoch
-        for step in range(min(epoch, stop - t)):
-            mark = _U1 << (past + step)
-            now = t + step
-            column = now - np.uint64(begin)
-            if lag == _U0:
+        # First the uses of the whole epoch, then the words, rank by rank: a token's uses and words in turn would take
+        # longer. Uses after a token lie beyond the bits of its word.
+        steps = min(epoch, stop - t)
+        if lag == _U0:
+            for step in range(steps):
+                mark = _U1 << (past + step)
                 for r in range(k):
-                    at = base + np.uint64(ids[r, now])
-                    uses = table[at]
-                    words[r * row + column] = uses >> step
-                    table[at] = uses | mark
-            else:
-                for r in range(k):
-                    words[r * row + column] = table[base + np.uint64(ids[r, now])] >> step
-                if now >= lag:
+                    table[base + np.uint64(ids[r, t + step])] |= mark
+        else:
+            for step in range(steps):
+                mark = _U1 << (past + step)
+                if t + step >= lag:
                     for r in range(k):
-                        table[base + np.uint64(ids[r, now - lag])] |= mark
+                        table[base + np.uint64(ids[r, t + step - lag])] |= mark
+        column = t - np.uint64(begin)
+        for r in range(k):
+            at = r * row + column
+            for step in range(steps):
+                words[at + step] = table[base + np.uint64(ids[r, t + step])] >> step
         t += epoch
 
 
