@@ -3,40 +3,48 @@
     python benchmarks/scale.py                    # 10 M, 40 M, 160 M and 640 M ids
     python benchmarks/scale.py --sizes 1e6,2e6,4e6   # a quick look
     python benchmarks/scale.py --largest 5e9      # 2.5 G and 5 G ids as well: 12 GB of disk, an hour
-    python benchmarks/scale.py --peers DIR        # with BigMoeOnEdge's scripts/route-analyze.py from a checkout there
+    python benchmarks/scale.py --peers DIR        # with peers' scripts, from DIR/BigMoeOnEdge and DIR/moe-lrc
 
 A generated block of requests is written again and again with the experts renumbered, so that no two requests are the
-same and generation does not decide. Every size is measured in a process of its own, after one round over the smallest
-store that compiles the kernels. The answers of the rivals are compared with the library's before a rate is printed.
+same and generation does not decide. First the library is timed on slices of the trace, in turn with reading alone, with
+what people write instead, and with the scripts of peers, after all answers have been compared. Then every size is
+measured in a process of its own, after one round over the smallest store that compiles the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import rivals
 import run
 
 import tracekit as tk
 
-LAYERS, TOP_K, EXPERTS, TOKENS = 58, 8, 256, 500
-IDS = LAYERS * TOP_K * TOKENS
-"""Ids of a request."""
-ROOM = 64
-"""Experts per layer of the caches."""
+LAYERS, TOP_K, EXPERTS = 58, 8, 256
 SLICE = 40
-"""Requests that DuckDB and Polars get; Python sets and scripts get ``FEW``."""
+"""Requests that DuckDB and Polars get; Python sets get ``FEW``."""
 FEW = 2
+LIBRARY = "the library, one pass"
+OURS = "the library instead of "
+
+Tasks = dict[str, tuple[int, Callable[[], object]]]
+"""What is timed, and the ids that it takes."""
+
+
+def ids_of(options: argparse.Namespace) -> int:
+    """Return the ids of a request."""
+    return LAYERS * TOP_K * int(options.tokens)
 
 
 # --- the traces --------------------------------------------------------------------------------
@@ -60,22 +68,11 @@ def one_pass(store: str, intervals: bool) -> None:
     run.library(store, intervals=intervals)
 
 
-def caches(store: str) -> None:
-    """Replay LRU caches of one size, as ``tracekit cache --policy lru`` does."""
-    from tracekit.analysis.passes import PASSES
-    from tracekit.metrics.cache_spec import CacheSpec
-
-    opened = tk.open(store)
-    info = opened.trace()
-    spec = CacheSpec("decode", intervals=False, policies=("lru",), capacities=(ROOM,))
-    PASSES["caches"](opened, info, opened.requests(info), spec)
-
-
 TASKS: dict[str, Callable[[str], None]] = {
     "read the rank columns": lambda store: run.read_columns(run.parts_of(Path(store)), TOP_K),
     "one pass": lambda store: one_pass(store, intervals=False),
     "one pass with intervals": lambda store: one_pass(store, intervals=True),
-    "expert caches, LRU, every size": caches,
+    "expert caches, LRU, every size": peers.lru_caches,
 }
 
 
@@ -105,66 +102,73 @@ def seconds(function: Callable[[], object]) -> float:
 # --- the rivals --------------------------------------------------------------------------------
 
 
-def route_traces(requests: list[np.ndarray], folder: Path) -> list[Path]:
-    """Write each request as BigMoeOnEdge's ``--route-trace`` would."""
-    folder.mkdir(exist_ok=True)
-    traces = []
-    for number, ids in enumerate(requests):
-        traces.append(folder / f"{number}.csv")
-        with traces[-1].open("w") as file:
-            file.write(f"# model=bench arch=bench n_layer={LAYERS} n_expert={EXPERTS} n_expert_used={TOP_K}\n")
-            file.write("turn,phase,step,layer,slot,expert,weight,residency,bytes\n")
-            for (step, layer, slot), expert in np.ndenumerate(ids):
-                file.write(f"0,1,{step},{layer},{slot},{expert},nan,0,0\n")
-    return traces
+def sliced(options: argparse.Namespace, block: list[np.ndarray], requests: int, tokens: int) -> Path:
+    """Ingest so many requests, cut to so many tokens; return the store."""
+    folder: Path = options.build / f"scale-slice-{requests}x{tokens}"
+    write([ids[:tokens] for ids in block], requests, folder)
+    store = folder.with_name(f"{folder.name}-store")
+    run.ingest(folder, store, EXPERTS)
+    shutil.rmtree(folder)
+    return store
 
 
-def route_analyze(script: Path, traces: list[Path]) -> list[float]:
-    """Run ``route-analyze.py`` on each trace; return the overlaps in percent at lags 1, 2, 4 and 8."""
-    found = []
-    for trace in traces:
-        command = [sys.executable, str(script), str(trace), "--view", "overlap"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found.append([float(x) for line in re.findall("ALL.*", done.stdout) for x in re.findall(r"([\d.]+)%", line)])
-    means: list[float] = np.mean(found, axis=0).tolist()
-    return means
-
-
-def rates(options: argparse.Namespace, block: list[np.ndarray], build: Path) -> dict[str, tuple[int, float]]:
-    """Return ids and seconds of the library and of its rivals on slices of the trace, compared first."""
+def rival_tasks(options: argparse.Namespace, block: list[np.ndarray]) -> Tasks:
+    """Return the library's pass, reading alone and what people write instead, whose answers have been compared."""
     import duckdb
 
-    stores = {}
-    for requests in (FEW, SLICE):
-        folder = build / f"scale-slice-{requests}"
-        write(block, requests, folder)
-        stores[requests] = build / f"scale-slice-{requests}-store"
-        run.ingest(folder, stores[requests], EXPERTS)
-    parts = run.parts_of(stores[SLICE])
-    few, expected = block[:FEW], {n: run.answer_of(store, EXPERTS) for n, store in stores.items()}
-    con, variant = duckdb.connect(), next(iter(rivals.SQL_VARIANTS))
+    few, many = (sliced(options, block, requests, options.tokens) for requests in (FEW, SLICE))
+    parts, con, variant = run.parts_of(many), duckdb.connect(), next(iter(rivals.SQL_VARIANTS))
     arguments = EXPERTS, TOP_K, run.MAX_WINDOW, run.MAX_LAG
-    tasks: dict[str, tuple[int, Callable[[], Any]]] = {
-        "the library, one pass": (SLICE, lambda: one_pass(str(stores[SLICE]), intervals=False)),
-        "reading alone": (SLICE, lambda: run.read_columns(parts, TOP_K)),
+    long, short = SLICE * ids_of(options), FEW * ids_of(options)
+    answers: dict[str, tuple[Path, int, Callable[[], rivals.Answer]]] = {
         "DuckDB SQL, bit masks": (
-            SLICE,
+            many,
+            long,
             lambda: rivals.duckdb_sql(con, parts, list(range(LAYERS)), *arguments, variant),
         ),
-        "Polars, bit masks": (SLICE, lambda: rivals.polars_masks(parts, *arguments)),
-        "plain Python sets": (FEW, lambda: rivals.python_sets(few, EXPERTS, run.MAX_WINDOW, run.MAX_LAG)),
+        "Polars, bit masks": (many, long, lambda: rivals.polars_masks(parts, *arguments)),
+        "plain Python sets": (
+            few,
+            short,
+            lambda: rivals.python_sets(block[:FEW], EXPERTS, run.MAX_WINDOW, run.MAX_LAG),
+        ),
     }
-    for name, (requests, function) in list(tasks.items())[2:]:
-        run.check(name, function(), expected[requests])
-    if options.peers:
-        script, traces = options.peers / "scripts" / "route-analyze.py", route_traces(few, build / "scale-route-traces")
-        percent = route_analyze(script, traces)
-        if not np.allclose(percent, [100 * expected[FEW].overlap[lag - 1] for lag in (1, 2, 4, 8)], atol=0.051):
-            raise SystemExit("BigMoeOnEdge's route-analyze.py disagrees with the library on the overlaps")
-        name = "BigMoeOnEdge's `route-analyze.py --view overlap`: 4 lags"
-        tasks[name] = FEW, lambda: route_analyze(script, traces)
-    times = run.timed(options.repeats, {name: (IDS * n, function) for name, (n, function) in tasks.items()})
-    return {name: (timing.ids, timing.median) for name, timing in times.items()}
+    expected = {store: run.answer_of(store, EXPERTS) for store in (few, many)}
+    for name, (store, _, function) in answers.items():
+        run.check(name, function(), expected[store])
+    return {
+        LIBRARY: (long, lambda: one_pass(str(many), intervals=False)),
+        "reading alone": (long, lambda: run.read_columns(parts, TOP_K)),
+        **{name: (ids, function) for name, (_, ids, function) in answers.items()},
+    }
+
+
+def peer_tasks(options: argparse.Namespace, block: list[np.ndarray]) -> Tasks:
+    """Return the scripts of each peer and, as ``OURS``, the library's pass; their answers have been compared."""
+    tasks: Tasks = {}
+    for number, peer in enumerate(peers.PEERS if options.peers else []):
+        commands = peer.commands(options.peers)
+        if commands is None:
+            run.progress(f"left out, as {options.peers} has no {peer.repository}: {peer.title}")
+            continue
+        requests, tokens = peer.slice[0], min(peer.slice[1], options.tokens)
+        store = sliced(options, block, requests, tokens)
+        folder = options.build / f"scale-peer-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        peer.write([ids[:tokens] for ids in block[:requests]], EXPERTS, folder)
+        find, measure = partial(peer.find, commands, folder), partial(peer.measure, str(store))
+        try:
+            found, expected = find(), peer.expected(str(store))
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+            run.progress(f"left out, as it fails with {said[-1]!r}: {peer.title}")
+            continue
+        if len(found) != len(expected) or not np.allclose(found, expected, rtol=0, atol=peer.tolerance):
+            raise SystemExit(f"{peer.title}: {found}, and the library finds {expected}")
+        ids = requests * tokens * LAYERS * TOP_K
+        tasks |= {peer.title: (ids, find), OURS + peer.title: (ids, measure)}
+    return tasks
 
 
 # --- the report --------------------------------------------------------------------------------
@@ -190,16 +194,23 @@ def main() -> None:
         return
     build: Path = options.build
     build.mkdir(parents=True, exist_ok=True)
-    wanted = sorted({max(FEW, round(size / IDS)) for size in options.sizes})
-    if shutil.disk_usage(build).free < 2.4 * wanted[-1] * IDS + (1 << 30):
-        raise SystemExit(f"{build} has less than {(2.4 * wanted[-1] * IDS + (1 << 30)) / 1e9:.0f} GB free")
-    made = tk.synth("topical", num_experts=EXPERTS, top_k=TOP_K, layers=LAYERS, requests=SLICE, tokens=TOKENS, seed=1)
+    request = ids_of(options)
+    wanted = sorted({max(FEW, round(size / request)) for size in options.sizes})
+    if len(wanted) < 3:
+        raise SystemExit(f"--sizes: a slope and its error take three sizes or more, and a request has {request:,} ids")
+    need = 2.4 * wanted[-1] * request + (1 << 30)
+    if shutil.disk_usage(build).free < need:
+        raise SystemExit(f"{build} has less than {need / 1e9:.0f} GB free")
+    tokens = options.tokens
+    made = tk.synth("topical", num_experts=EXPERTS, top_k=TOP_K, layers=LAYERS, requests=SLICE, tokens=tokens, seed=1)
     block = [request.ids for request in made.requests()]
 
+    run.progress("rivals")
+    times = run.timed(options.repeats, rival_tasks(options, block) | peer_tasks(options, block))
     warm = None
     measured: dict[str, list[dict[str, Any]]] = {}
     for requests in wanted:
-        run.progress(shown(requests * IDS))
+        run.progress(shown(requests * request))
         folder, store = build / "scale-arrays", build / f"scale-{requests}-store"
         write(block, requests, folder)
         measured.setdefault("ingest, fresh process", []).append(child("ingest", store=str(store), folder=str(folder)))
@@ -210,16 +221,14 @@ def main() -> None:
             measured.setdefault(task, []).append(report)
         if store != warm:
             shutil.rmtree(store)
-    run.progress("rivals")
-    compared = rates(options, block, build)
-    print(render(options, [requests * IDS for requests in wanted], measured, compared))
+    print(render(options, [requests * request for requests in wanted], measured, times))
 
 
 def render(
     options: argparse.Namespace,
     ids: list[int],
     measured: dict[str, list[dict[str, Any]]],
-    compared: dict[str, tuple[int, float]],
+    times: dict[str, run.Timing],
 ) -> str:
     lines = [
         f"Command: `python {' '.join(['benchmarks/scale.py', *sys.argv[1:]])}`; medians of {options.repeats} rounds.",
@@ -233,11 +242,29 @@ def render(
         fitted, error = slope(ids, [report["seconds"] for report in reports])
         cells = [f"{report['seconds']:,.2f} ({report['peak'] / 1e9:.2f})" for report in reports]
         lines.append(f"| {task} | {' | '.join(cells)} | {fitted:.3f} ± {error:.3f} |")
-    own_ids, own = next(iter(compared.values()))
-    lines += ["", "| on a slice | M IDs | M IDs/s | time of the library's pass |", "|---|---:|---:|---:|"]
-    for name, (n, took) in compared.items():
-        lines.append(f"| {name} | {n / 1e6:.1f} | {n / took / 1e6:,.3g} | × {took / n / (own / own_ids):,.2f} |")
+    scripts = [name for name in times if OURS + name in times]
+    lines += ["", "| on a slice | M IDs | M IDs/s | time per id, the library's pass = 1 |", "|---|---:|---:|---:|"]
+    for name, timing in times.items():
+        if name not in scripts and not name.startswith(OURS):
+            lines.append(f"| {name} | {size_and_rate(timing)} | {timing.slower_than(times[LIBRARY]):,.2f} |")
+    if scripts:
+        lines += ["", "| script of a peer | M IDs | M IDs/s | the library's M IDs/s | times as fast |"]
+        lines.append("|---|---:|---:|---:|---:|")
+    for name in scripts:
+        ours = times[OURS + name]
+        ratio = f"{ours.rate:,.3g} | {times[name].slower_than(ours):,.0f}"
+        lines.append(f"| {name} | {size_and_rate(times[name])} | {ratio} |")
     return "\n".join(lines)
+
+
+def size_and_rate(timing: run.Timing) -> str:
+    return f"{timing.ids / 1e6:,.2f} | {timing.rate:,.3g}"
+
+
+def checkouts() -> str:
+    """Return where the scripts of the peers are to be had."""
+    found = sorted({(peer.repository, peer.commit) for peer in peers.PEERS})
+    return "; ".join(f"github.com/{repository} (at {commit[:10]})" for repository, commit in found)
 
 
 def parse() -> argparse.Namespace:
@@ -245,16 +272,17 @@ def parse() -> argparse.Namespace:
     sizes = "10e6,40e6,160e6,640e6"
     parser.add_argument("--sizes", default=sizes, help=f"ids of the traces (default {sizes})")
     parser.add_argument("--largest", type=float, help="measure this many ids, and half as many, as well")
+    parser.add_argument("--tokens", type=int, default=500, help="tokens of a request, 20 or more (default 500)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="a checkout of github.com/Helldez/BigMoeOnEdge")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help=f"a folder of checkouts: {checkouts()}")
     parser.add_argument("--build", type=Path, default=run.HERE.parent / "build" / "bench")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.sizes = [float(size) for size in options.sizes.split(",")]
-    if len(options.sizes) < 3:
-        parser.error("--sizes: a slope and its error take three sizes or more")
     if options.largest:
         options.sizes += [options.largest / 2, options.largest]
+    if options.tokens < 20:
+        parser.error("--tokens: overlaps at 16 tokens and segments of 16 take requests of 20 or more")
     return options
 
 
