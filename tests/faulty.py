@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 import tracekit as tk
-from tracekit.store import spool, writer
+from tracekit.store import segment, spool, writer
 from tracekit.store.compaction import compact
 from tracekit.store.writer import ingest
 
@@ -65,13 +65,16 @@ def work(job: dict[str, Any]) -> None:
         fault.wrap(os, name)
     fault.wrap(pl.DataFrame, "write_parquet")
     fault.wrap(pl.LazyFrame, "sink_parquet")
-    writer.GROUP_ROWS, spool.SPOOL_ROWS = 1, 20
+    segment.GROUP_ROWS, spool.SPOOL_ROWS = 1, 20
+    if job["shares"]:
+        writer.SHARE_BYTES = 1
     result = {"steps": 0, "error": ""}
     try:
         if job["verb"] == "compact":
             compact(job["store"])
         else:
-            ingest(job["sources"], job["store"], name="t", **job["options"])
+            with tk.running(threads=1):  # other processes have no fault
+                ingest(job["sources"], job["store"], name="t", **job["options"])
     except tk.TracekitError as error:
         result["error"] = f"{type(error).__name__}: {error}"
     result["steps"] = fault.done

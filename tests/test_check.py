@@ -698,7 +698,7 @@ def test_a_store_is_checked_as_its_source_is(tmp_path: Path, monkeypatch: pytest
     """Requests that are split between parts, with gaps and token ids, come back whole."""
     from tracekit.store import recheck, writer
 
-    monkeypatch.setattr(writer, "PART_ROWS", 700)  # 240 tokens x 6 layers are 1,440 rows
+    monkeypatch.setattr("tracekit.store.segment.PART_ROWS", 700)  # 240 tokens x 6 layers are 1,440 rows
     keep = np.r_[0:50, 90:240].astype(np.int64)
     requests = [
         Request("a", clean[0], first_pos=7, decode_start=50, prompt_len=50, token_ids=np.arange(240)),

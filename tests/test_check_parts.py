@@ -183,7 +183,7 @@ def test_what_was_said_at_an_ingest_is_kept(clean: list[Ids], tmp_path: Path) ->
 def test_a_stored_trace_gives_its_steps_and_weights_back(
     clean: list[Ids], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "PART_ROWS", 700)  # 240 tokens x 6 layers are 1,440 rows
+    monkeypatch.setattr("tracekit.store.segment.PART_ROWS", 700)  # 240 tokens x 6 layers are 1,440 rows
     rng = np.random.default_rng(0)
     requests = []
     for i, ids in enumerate(clean[:3]):

@@ -78,10 +78,19 @@ def is_there(store: Path) -> bool:
 class Trials:
     """One piece of work, cut off at each of its steps in turn, always from the same store."""
 
-    def __init__(self, folder: Path, verb: str, begin: Path | None, sources: list[str], **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        verb: str,
+        begin: Path | None,
+        sources: list[str],
+        *,
+        shares: bool = False,
+        **options: Any,
+    ) -> None:
         self._folder = folder
         self._begin = begin
-        self._job = {"verb": verb, "sources": sources, "options": {**READING, **options}}
+        self._job = {"verb": verb, "sources": sources, "shares": shares, "options": {**READING, **options}}
 
     def run(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
         """Return each store and, unless it was killed, how the work ended."""
@@ -113,10 +122,11 @@ class Trials:
         ]
 
 
-def test_a_first_ingest_that_is_killed_is_all_or_nothing(shards: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_first_ingest_that_is_killed_is_all_or_nothing(shards: list[str], tmp_path: Path, shares: bool) -> None:
     ingest(shards, tmp_path / "whole", name="t", **READING)
     outcomes = set()
-    for store, _ in Trials(tmp_path, "ingest", None, shards).run("kill"):
+    for store, _ in Trials(tmp_path, "ingest", None, shards, shares=shares).run("kill"):
         outcomes.add(is_there(store))
         if is_there(store):
             assert held(store) == held(tmp_path / "whole")
@@ -125,7 +135,7 @@ def test_a_first_ingest_that_is_killed_is_all_or_nothing(shards: list[str], tmp_
     assert outcomes == {False, True}
 
 
-@pytest.mark.parametrize("options", [{"append": True}, {"force": True}])
+@pytest.mark.parametrize("options", [{"append": True}, {"force": True}, {"append": True, "shares": True}])
 def test_an_append_or_replacement_that_is_killed_is_all_or_nothing(
     shards: list[str], tmp_path: Path, options: dict[str, bool]
 ) -> None:
@@ -181,7 +191,10 @@ def files(root: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("verb", "options"), [("ingest", {"append": True}), ("compact", {})])
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [("ingest", {"append": True}), ("ingest", {"append": True, "shares": True}), ("compact", {})],
+)
 def test_a_disk_that_is_full_at_any_write_leaves_the_store_as_it_was(
     grown: Path, shards: list[str], tmp_path: Path, verb: str, options: dict[str, bool]
 ) -> None:

@@ -15,7 +15,7 @@ import tracekit as tk
 from tracekit.cli import main
 from tracekit.errors import SourceError, StoreError, UsageError
 from tracekit.sources import IngestOptions, open_source
-from tracekit.store import compaction, manifest, writer
+from tracekit.store import compaction, manifest
 from tracekit.store.sums import checksum
 
 READING: dict[str, Any] = {"num_experts": 8, "axes": "tlk", "phase": "decode"}
@@ -145,7 +145,7 @@ def test_resuming_again_and_again_gives_what_one_ingest_gives(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ingest(shards, tmp_path / "whole")
-    monkeypatch.setattr(writer, "GROUP_ROWS", 100)  # two files
+    monkeypatch.setattr("tracekit.store.segment.GROUP_ROWS", 100)  # two files
     partial = tmp_path / "arriving"
     partial.mkdir()
     segments = []
@@ -163,7 +163,7 @@ def test_resuming_again_and_again_gives_what_one_ingest_gives(
 def test_a_fault_keeps_the_files_before_it_and_says_that_they_are_not_checked(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "GROUP_ROWS", 1)
+    monkeypatch.setattr("tracekit.store.segment.GROUP_ROWS", 1)
     whole = ingest(shards, tmp_path / "whole")
     (shards / "r3.npz").rename(tmp_path / "r3.npz")
     np.savez(shards / "r3.npz", routed_experts=np.full((9, 3, 2), 7, np.uint8))  # twice the same expert
@@ -248,7 +248,8 @@ def test_compaction_keeps_everything_and_the_results(shards: Path, tmp_path: Pat
 def test_parts_of_the_usual_size_are_made_of_whole_parts(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "PART_ROWS", 50)  # a request has 60 to 72 rows: a part for every two of three layers
+    # A request has 60 to 72 rows: a part for every two of three layers.
+    monkeypatch.setattr("tracekit.store.segment.PART_ROWS", 50)
     grown(shards, tmp_path / "S")
     before = everything(tmp_path / "S")
     rows = [n for segment in tk.open(tmp_path / "S").trace().segments for n in segment.parts]

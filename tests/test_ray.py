@@ -23,13 +23,15 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from storage import serving
 
 import tracekit as tk
 from tracekit.analysis import cluster
 from tracekit.errors import MissingDependencyError, StoreError, UsageError
 from tracekit.metrics.measurement import Measurement
 from tracekit.metrics.state import Spec, Sums, accumulate
-from tracekit.store import Store, writer
+from tracekit.store import Store
+from tracekit.store.location import location
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'moe-tracekit[ray]'")
 
@@ -78,7 +80,7 @@ def ingest(folder: Path, i: int) -> None:
     np.savez(source, expert_ids=ids, request_lens=lens.astype(np.int32), num_experts=16)
     requests = [{"id": f"{i}-{j}", "prompt_len": int(lens[j]) // 3, "topic": "abc"[j % 3]} for j in range(12)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "PART_ROWS", 100)
+        patch.setattr("tracekit.store.segment.PART_ROWS", 100)
         tk.ingest(source, folder / "S", name="t", axes="tlk", requests=requests, label_fields=["topic"], append=i > 0)
 
 
@@ -143,6 +145,18 @@ def test_expectations_are_the_same_in_every_run(store: Store) -> None:
     assert first.request_union_sum.any()
     np.testing.assert_array_equal(first.request_union_sum, second.request_union_sum)
     np.testing.assert_array_equal(first.request_overlap_sum, second.request_overlap_sum)
+
+
+@pytest.mark.usefixtures("workers")
+def test_workers_read_a_store_at_a_url(made: Path) -> None:
+    spec = SPECS["windows and lags"]
+    with serving(made.parent.parent) as server:
+        there = Store(f"{server.url}/{made.parent.name}/{made.name}")
+        assert_same(on_ray(there, spec), here(Store(made), spec))
+        info = there.trace()
+        elsewhere = there.path.replace(made.name, "elsewhere")
+        with pytest.raises(StoreError, match=r"elsewhere: is not a tracekit store.*of the cluster.*Check the URL"):
+            cluster.read_parts(range(1), location(elsewhere), info, there.requests(info), spec, None)
 
 
 @pytest.mark.usefixtures("workers")

@@ -24,7 +24,7 @@ from tracekit.analysis import summing
 from tracekit.metrics.measurement import Measurement
 from tracekit.metrics.state import Cells, Spec, State, Sums, deal
 from tracekit.schema import By, Phase, TraceMeta
-from tracekit.store import TraceInfo, compact, writer
+from tracekit.store import TraceInfo, compact
 from tracekit.store.manifest import STATES, TEMPORARY
 
 N, K, LAYERS, PROMPT = 8, 2, 2, 25
@@ -120,7 +120,7 @@ def test_an_appended_trace_has_the_sums_of_one_ingest(
     by: By | None, sizes: Sequence[int], tmp_path: Path, reads: list[range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where more than 200 requests, of the trace or of a label, begin to share jackknife groups."""
-    monkeypatch.setattr(writer, "PART_ROWS", 2000)  # several parts a segment
+    monkeypatch.setattr("tracekit.store.segment.PART_ROWS", 2000)  # several parts a segment
     phases: tuple[Phase, ...] = ("decode", "prefill", "all")
     grown, whole, first = tmp_path / "grown", tmp_path / "whole", 0
     for n, end in enumerate(sizes):

@@ -89,7 +89,7 @@ def test_parts_hold_one_row_group_and_the_runs_lead_to_their_rows(
     store: tk.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = npz(tmp_path / "long.npz", requests=4, tokens=30, layers=5)
-    monkeypatch.setattr(writer, "PART_ROWS", 70)  # a request has 150 rows: it is split between layers
+    monkeypatch.setattr("tracekit.store.segment.PART_ROWS", 70)  # a request has 150 rows: it is split between layers
     trace = ingest(source, store.path, name="split")
     parts = list((store.path / "segments" / trace.segments[0].id).glob("part-*.parquet"))
     assert len(parts) == len(trace.segments[0].parts) > 4

@@ -114,12 +114,14 @@ if TYPE_CHECKING:
 
 
 def open(path: str | Path) -> Store:  # noqa: A001 - the natural name for it: tk.open("…")
-    """Open a store.
+    """Open a store: its directory, or its URL on object storage (``s3://…``, ``hf://…``), where it is read only.
 
     Raises
     ------
     StoreError
-        The directory is not a store, or its schema is newer than this version reads.
+        The directory is not a store, its schema is newer than this version reads, or the URL cannot be read.
+    UsageError
+        Nothing reads URLs that begin so.
     """
     from tracekit.store import Store
 

@@ -13,6 +13,7 @@ from tracekit.schema import Request
 from tracekit.sources.mend import Mends
 from tracekit.sources.released import released_experts, released_top_k
 from tracekit.store import Store, TraceInfo
+from tracekit.store.location import location
 from tracekit.store.manifest import is_store
 from tracekit.store.recheck import checkers
 from tracekit.store.writer import Progress, default_name, open_mended, reading_options
@@ -82,7 +83,7 @@ def check(
         The store or the trace is not there, or damaged.
     """
     mends = Mends(drop_warmup, deinterleave, None if layers is None else tuple(layers))
-    paths = [] if isinstance(source, Store) else [Path(p) for p in _several(source)]
+    paths = [] if isinstance(source, Store) else [location(p) for p in _several(source)]
     if len(paths) > 1 and any(map(is_store, paths)):
         raise UsageError("a store beside other sources", expected="one store, or sources that make up one trace")
     if isinstance(source, Store) or (len(paths) == 1 and is_store(paths[0])):
@@ -96,8 +97,9 @@ def check(
         raise UsageError("no source given", expected="at least one file, folder or store")
     if trace is not None:
         raise UsageError("--trace names a trace of a store", expected="a store")
-    found = _check_source(paths, mends, progress, reading)
-    return _frame([(default_name(paths[0]), f) for f in found])
+    files = [path for path in paths if isinstance(path, Path)]  # all of them: a URL is a store
+    found = _check_source(files, mends, progress, reading)
+    return _frame([(default_name(files[0]), f) for f in found])
 
 
 def _several(source: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:

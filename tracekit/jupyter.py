@@ -88,7 +88,7 @@ def run(line: str, statement: str, names: dict[str, Any]) -> pl.DataFrame:
 
 def _store(where: str, names: Mapping[str, Any]) -> Store:
     """Return the store that a variable holds or names; a path may be quoted."""
-    held = names.get(where, Path(_unquoted(where)))
+    held = names.get(where, _unquoted(where))
     if isinstance(held, Store):
         return held
     if isinstance(held, str | Path):

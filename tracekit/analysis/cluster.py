@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +26,12 @@ from tracekit.execution import current, running
 from tracekit.metrics.state import Cells, Spec, State, Sums, accumulate
 from tracekit.schema import id_dtype
 from tracekit.store import Store, TraceInfo
+from tracekit.store.location import Location, Url
 
 if TYPE_CHECKING:
     import polars as pl
+
+_MOUNTED = "Keep it on storage that every machine mounts there, or use --engine local"
 
 MIN_RANGES = 32
 """Ranges that a trace is cut into if it has as many parts, so that there is work for as many processors."""
@@ -115,7 +117,7 @@ def _task() -> Callable[..., Any]:
 
 
 def read_parts(
-    parts: range, path: Path, info: TraceInfo, requests: pl.DataFrame, spec: Spec, memory: int | None
+    parts: range, path: Location, info: TraceInfo, requests: pl.DataFrame, spec: Spec, memory: int | None
 ) -> _Rows:
     """Return the sums of some part files: what a task does on a worker."""
     try:
@@ -129,7 +131,7 @@ def read_parts(
             f"{problem} on {platform.node()}, a machine of the cluster",
             where=str(path),
             expected="the same store on all of them",
-            remedy="Keep it on storage that every machine mounts there, or use --engine local",
+            remedy=f"{path.access}, of that machine" if isinstance(path, Url) else _MOUNTED,
         )
     with running(threads=1, memory=memory):
         return _rows(accumulate(info.meta, requests, spec, store.columns(info, parts), threads=1))

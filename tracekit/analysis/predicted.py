@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tracekit.errors import UnsupportedError
 from tracekit.metrics.state import layer_index
 from tracekit.store import Store, TraceInfo
+from tracekit.store.location import scan
 from tracekit.store.manifest import SEGMENTS
 from tracekit.store.predicted import prediction_rows, recorded_predictors
 from tracekit.store.reader import unreadable
@@ -94,7 +95,7 @@ class _Positions:
         frames = []
         for segment in info.segments:
             path = store.path / SEGMENTS / segment.id / "runs.parquet"
-            runs = pl.scan_parquet(path, glob=False).filter(layer=info.meta.layers[0]).select("request", "pos", "n")
+            runs = scan(path).filter(layer=info.meta.layers[0]).select("request", "pos", "n")
             try:
                 frames.append(runs.collect())
             except (OSError, pl.exceptions.PolarsError) as error:

@@ -20,6 +20,7 @@ from tracekit.schema import Request
 from tracekit.sources import IngestOptions, open_source
 from tracekit.sources.bundled import find
 from tracekit.store import Store, ingest
+from tracekit.store.location import on_disk
 from tracekit.store.writer import check_name, check_words, reading_options
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def capture_openai(
         raise UsageError(f"no api {api!r}", expected=", ".join(APIS))
     engine, served = server.identify(model)
     trace_name = name if name is not None else served.rstrip("/").rpartition("/")[2] or served
-    root = Path(store)
+    root = on_disk(store)
     _check_store(root, trace_name, found, append=append, force=force)
     notes: list[str] = []
     if config is None and num_experts is None:

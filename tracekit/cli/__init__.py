@@ -82,6 +82,8 @@ def command() -> None:
     Ingest traces into a store, then ask it how many experts a verification window loads, how far below
     independence that is, why, and how long the correlation lasts.
 
+    A STORE is a folder, or a URL of object storage that is only read: s3://, gs://, az://, hf://, https:// and others.
+
     Exit codes: 0 done, 1 the input or the data is at fault, 2 usage, 3 a check found problems, 4 an optional
     dependency is missing.
     """

@@ -52,7 +52,7 @@ max_window_option = click.option(
 @selectors()
 @running_options(cluster=True)
 @output_options
-def windows(store: Path, batch_size: tuple[int, ...], non_overlapping: bool, out: Output, **options: Any) -> None:
+def windows(store: str | Path, batch_size: tuple[int, ...], non_overlapping: bool, out: Output, **options: Any) -> None:
     """Count the unique experts of a verification window.
 
     For windows of 1..T tokens, beside what to expect if tokens were independent: uniform over experts, by popularity,
@@ -75,7 +75,7 @@ def windows(store: Path, batch_size: tuple[int, ...], non_overlapping: bool, out
 @selectors()
 @running_options(cluster=True)
 @output_options
-def autocorr(store: Path, out: Output, **options: Any) -> None:
+def autocorr(store: str | Path, out: Output, **options: Any) -> None:
     """Measure the overlap of experts between tokens.
 
     By the lag between two tokens of a request, beside what to expect of independent ones.
@@ -93,7 +93,7 @@ def autocorr(store: Path, out: Output, **options: Any) -> None:
 @selectors()
 @running_options(cluster=True)
 @output_options
-def attribution(store: Path, out: Output, **options: Any) -> None:
+def attribution(store: str | Path, out: Output, **options: Any) -> None:
     """Split the drop in unique experts into its causes.
 
     The drop is that below uniform routing. The causes: skewed experts (popularity), the domain (label), the topic
@@ -112,7 +112,7 @@ def attribution(store: Path, out: Output, **options: Any) -> None:
 @selectors(by=["layer", "label"], intervals=False)
 @running_options(cluster=True)
 @output_options
-def load(store: Path, out: Output, **options: Any) -> None:
+def load(store: str | Path, out: Output, **options: Any) -> None:
     """Measure how evenly each layer loads its experts."""
     import tracekit as tk
 
@@ -127,7 +127,7 @@ def load(store: Path, out: Output, **options: Any) -> None:
 @selectors(by=[])
 @running_options(cluster=True)
 @output_options
-def summary(store: Path, out: Output, **options: Any) -> None:
+def summary(store: str | Path, out: Output, **options: Any) -> None:
     """Print the one page to read first.
 
     What the trace is, what its routing allows, and why.

@@ -45,7 +45,7 @@ from tracekit.cli.output import Output, output_options
 @one_trace
 @output_options
 def calibrate(
-    store: Path,
+    store: str | Path,
     measured: tuple[str, ...],
     points: bool,
     cost: dict[str, Any],

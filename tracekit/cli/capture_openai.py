@@ -81,7 +81,7 @@ from tracekit.cli.stored import say_stored
 def openai(
     url: str,
     prompts: tuple[Path, ...],
-    store: Path,
+    store: str | Path,
     api_key_env: str | None,
     delete_journal: bool,
     quiet: bool,

@@ -115,7 +115,7 @@ from tracekit.cli.stored import say_stored
 def transformers(
     model: str,
     prompts: tuple[Path, ...],
-    store: Path,
+    store: str | Path,
     no_tokens: bool,
     quiet: bool,
     predict: tuple[str, ...],

@@ -45,7 +45,7 @@ from tracekit.reports.files import check_writable
 @running_options()
 @quiet_option
 def chart(
-    store: Path,
+    store: str | Path,
     kind: str,
     output: Path,
     params: tuple[tuple[str, str], ...],

@@ -11,6 +11,7 @@ from tracekit.cli.bars import progress_bar
 from tracekit.cli.completion import traces
 from tracekit.cli.errors import CHECK_FAILED
 from tracekit.cli.group import verb
+from tracekit.cli.options import StorePath
 from tracekit.cli.output import Output, output_options
 from tracekit.cli.reading import reading_options
 
@@ -23,7 +24,7 @@ from tracekit.cli.reading import reading_options
         "tracekit check traces --trace chat --format json",
     ],
 )
-@click.argument("source", metavar="SOURCE|STORE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("source", metavar="SOURCE|STORE...", nargs=-1, required=True, type=StorePath())
 @click.option(
     "--trace",
     metavar="NAME",
@@ -32,7 +33,7 @@ from tracekit.cli.reading import reading_options
 )
 @reading_options
 @output_options
-def check(source: tuple[Path, ...], trace: str | None, reading: dict[str, Any], out: Output) -> int:
+def check(source: tuple[str | Path, ...], trace: str | None, reading: dict[str, Any], out: Output) -> int:
     """Find what is wrong with a trace, before it is believed.
 
     Looks for warm-up passes, filler, interleaved and batch-major rows, copies of layers and requests, shifted layers,

@@ -16,7 +16,7 @@ from tracekit.cli.output import Output, output_options
 @store_argument
 @click.option("--trace", metavar="NAME", shell_complete=traces, help="Only this trace.")
 @output_options
-def compact(store: Path, trace: str | None, out: Output) -> None:
+def compact(store: str | Path, trace: str | None, out: Output) -> None:
     """Put the small segments of traces together.
 
     A trace that grew has one for each ingest, and many small files are slower to read than a few large ones.

@@ -11,7 +11,7 @@ from tracekit.cli.analyses import window_option
 from tracekit.cli.completion import traces
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import running_options, store_argument, whole_numbers
+from tracekit.cli.options import StorePath, running_options, store_argument, whole_numbers
 from tracekit.cli.output import Output, output_options
 from tracekit.reports.files import check_writable
 
@@ -24,7 +24,7 @@ from tracekit.reports.files import check_writable
     ],
 )
 @store_argument
-@click.argument("other", required=False, type=click.Path(path_type=Path))
+@click.argument("other", required=False, type=StorePath())
 @click.option(
     "--trace-a",
     metavar="NAME",
@@ -66,7 +66,7 @@ from tracekit.reports.files import check_writable
 @running_options()
 @output_options
 def compare(
-    store: Path, other: Path | None, no_intervals: bool, chart: Path | None, out: Output, **options: Any
+    store: str | Path, other: str | Path | None, no_intervals: bool, chart: Path | None, out: Output, **options: Any
 ) -> None:
     """Say in which headline figures two traces differ.
 

@@ -10,7 +10,7 @@ import click
 from tracekit.cli.completion import machines, models
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import one_trace, store_argument, whole_numbers
+from tracekit.cli.options import StorePath, one_trace, store_argument, whole_numbers
 from tracekit.cli.output import FORMATS, Output, output_options, quiet_option
 from tracekit.reports.files import check_writable, write
 
@@ -60,7 +60,7 @@ def axis(value: str) -> tuple[str, tuple[int, ...]]:
     help="Format of how well it fits, on stdout.",
 )
 @quiet_option
-def law(store: Path, output: Path | None, force: bool, fmt: str, quiet: bool, **options: Any) -> None:
+def law(store: str | Path, output: Path | None, force: bool, fmt: str, quiet: bool, **options: Any) -> None:
     """Fit a law of routing to a trace.
 
     Six parameters a layer, from which a simulator draws routing like the trace's: how unequal the experts are, how
@@ -91,7 +91,7 @@ def law(store: Path, output: Path | None, force: bool, fmt: str, quiet: bool, **
         "tracekit design law.json --vary N=64,128,256 --vary S=0,1 --hold total --routed-share .4",
     ],
 )
-@click.argument("source", metavar="STORE|LAW", type=click.Path(path_type=Path))
+@click.argument("source", metavar="STORE|LAW", type=StorePath())
 @click.option(
     "--vary",
     multiple=True,
@@ -161,7 +161,7 @@ def law(store: Path, output: Path | None, force: bool, fmt: str, quiet: bool, **
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw it, too: .html, .png, .svg, .pdf or .json.")
 @output_options
 def design(
-    source: Path, vary: tuple[tuple[str, tuple[int, ...]], ...], chart: Path | None, out: Output, **options: Any
+    source: str | Path, vary: tuple[tuple[str, tuple[int, ...]], ...], chart: Path | None, out: Output, **options: Any
 ) -> None:
     """Ask what other designs of the model would gain.
 
@@ -177,7 +177,7 @@ def design(
         raise click.UsageError("--vary names the same thing twice: give all of its values at once.")
     if chart is not None:
         check_writable(chart, force=out.force)
-    if not source.is_file():
+    if not Path(source).is_file():
         announce_compilation(out)
     frame = tk.design(source, vary=axes, **options)
     if chart is not None:

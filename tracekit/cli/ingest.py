@@ -29,11 +29,11 @@ from tracekit.cli.stored import say_stored
 @reading_options
 @existing_options
 @click.option("--resume", is_flag=True, help="Create the trace or go on with it: take the files it does not have yet.")
-@running_options(None)
+@running_options(None, threads="Threads, and processes that read many files,")
 @quiet_option
 def ingest(
     sources: tuple[Path, ...],
-    store: Path,
+    store: str | Path,
     name: str | None,
     reading: dict[str, Any],
     quiet: bool,

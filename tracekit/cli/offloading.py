@@ -86,7 +86,7 @@ _START = click.option(
 @selectors()
 @running_options()
 @output_options
-def cache(store: Path, out: Output, **options: Any) -> None:
+def cache(store: str | Path, out: Output, **options: Any) -> None:
     """Say what a cache of experts would hit, under any policy.
 
     The rules: all experts that a step needs in a layer are one event. They are looked up together, then updated
@@ -119,7 +119,7 @@ def cache(store: Path, out: Output, **options: Any) -> None:
 @selectors()
 @running_options()
 @output_options
-def reuse(store: Path, out: Output, **options: Any) -> None:
+def reuse(store: str | Path, out: Output, **options: Any) -> None:
     """Draw up the reuse-distance curve: LRU caches of every size.
 
     The share of accesses that hit with a cache of so many experts and not with a smaller one, and of those that hit
@@ -161,7 +161,7 @@ def _names(value: str) -> tuple[str, ...]:
 @selectors()
 @running_options()
 @output_options
-def prefetch(store: Path, out: Output, **options: Any) -> None:
+def prefetch(store: str | Path, out: Output, **options: Any) -> None:
     """Say how well predictors foretell a layer's experts.
 
     A predictor names m experts of a layer before they are needed. Recall is the share of the k routed experts among
@@ -211,7 +211,7 @@ def prefetch(store: Path, out: Output, **options: Any) -> None:
 @selectors(by=())
 @running_options()
 @output_options
-def layer_budgets(store: Path, out: Output, **options: Any) -> None:
+def layer_budgets(store: str | Path, out: Output, **options: Any) -> None:
     """Say how many experts each layer's cache should hold.
 
     Of one budget for all layers, the next expert goes to the layer whose LRU cache gains the most hits by it; no layer
@@ -242,7 +242,7 @@ def layer_budgets(store: Path, out: Output, **options: Any) -> None:
 @selectors()
 @running_options()
 @output_options
-def locality(store: Path, out: Output, **options: Any) -> None:
+def locality(store: str | Path, out: Output, **options: Any) -> None:
     """Say how well one set of experts serves a segment.
 
     SRP: the best F1 score of a router that keeps an expert for all tokens of a segment or for none. SCH: the hit rate

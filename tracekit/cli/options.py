@@ -17,7 +17,21 @@ from tracekit.cli.bars import pass_bar
 from tracekit.errors import did_you_mean
 from tracekit.execution import ENGINES, on_this_machine, running
 
-store_argument = click.argument("store", type=click.Path(path_type=Path))
+
+class StorePath(click.Path):
+    """A type for the directory of a store, or for its URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a path, or a URL."""
+        path = str(super().convert(value, param, ctx))
+        if "://" not in path:
+            return Path(path)
+        from tracekit.store.location import location
+
+        return location(path)
+
+
+store_argument = click.argument("store", type=StorePath())
 
 
 class OneOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -69,9 +83,7 @@ def mapping(pairs: Sequence[tuple[str, str]], option: str) -> dict[str, str]:
     return result
 
 
-store_option = click.option(
-    "--store", required=True, type=click.Path(path_type=Path), help="Folder of the store; created if need be."
-)
+store_option = click.option("--store", required=True, type=StorePath(), help="Folder of the store; created if need be.")
 
 
 def label_options(entries: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -188,7 +200,7 @@ def one_trace(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def running_options(
-    memory: str | None = "the sums of a pass", *, cluster: bool = False
+    memory: str | None = "the sums of a pass", *, cluster: bool = False, threads: str = "Threads"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add how a verb's work is run: ``--threads``, ``--memory``, ``--engine`` and ``--address``.
 
@@ -198,6 +210,8 @@ def running_options(
         What the memory is for, for the help; None for a verb without ``--memory``.
     cluster
         Whether the verb can run on a cluster. Where it cannot, ``--engine`` is not in its help, but says which can.
+    threads
+        What there are at most as many of as ``--threads`` says, for the help.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,7 +228,7 @@ def running_options(
                 return function(*args, **kwargs)
 
         options = [
-            click.option("--threads", type=click.IntRange(min=1), help="Threads at most. [default: the processors]"),
+            click.option("--threads", type=click.IntRange(min=1), help=f"{threads} at most. [default: the processors]"),
             click.option(
                 "--engine",
                 type=click.Choice(ENGINES),

@@ -50,7 +50,7 @@ from tracekit.reports.files import check_writable
 @running_options()
 @quiet_option
 def report(
-    store: Path,
+    store: str | Path,
     output: Path | None,
     fmt: str | None,
     force: bool,

@@ -34,7 +34,7 @@ from tracekit.cli.output import Output, output_options
 @selectors()
 @running_options(cluster=True)
 @output_options
-def expert_ratio(store: Path, out: Output, **options: Any) -> None:
+def expert_ratio(store: str | Path, out: Output, **options: Any) -> None:
     """Say how many more experts a verification loads than a step.
 
     U(T, B) / U(1, B): the experts of windows of T tokens of B requests over those of one token of each, which is how
@@ -79,7 +79,7 @@ def expert_ratio(store: Path, out: Output, **options: Any) -> None:
 @selectors()
 @running_options()
 @output_options
-def budget(store: Path, out: Output, **options: Any) -> None:
+def budget(store: str | Path, out: Output, **options: Any) -> None:
     """Say what a budget of experts keeps of a verification window.
 
     If at most M experts per layer are loaded, those with the most router weight in the window: how much of the weight
@@ -97,7 +97,7 @@ def budget(store: Path, out: Output, **options: Any) -> None:
 @selectors()
 @running_options()
 @output_options
-def steps(store: Path, out: Output, **options: Any) -> None:
+def steps(store: str | Path, out: Output, **options: Any) -> None:
     """Count the experts that real verification steps load.
 
     The rows of rejected drafts are routed too, so a step loads more than the tokens it emits. The bias says how much
@@ -116,7 +116,7 @@ def steps(store: Path, out: Output, **options: Any) -> None:
 @selectors()
 @running_options()
 @output_options
-def acceptance(store: Path, out: Output, **options: Any) -> None:
+def acceptance(store: str | Path, out: Output, **options: Any) -> None:
     """Say how many drafts verification steps accept.
 
     For each number of drafts: the share of steps that accept so many, the chance that one more is accepted, and the

@@ -63,7 +63,7 @@ CHARTS = ("speedup", "verification-ratio", "speedup-map")
 @running_options()
 @output_options
 def speedup(
-    store: Path,
+    store: str | Path,
     parts: bool,
     amdahl: bool,
     chart: Path | None,

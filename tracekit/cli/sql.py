@@ -10,7 +10,7 @@ import click
 from tracekit.cli import completion
 from tracekit.cli.group import verb
 from tracekit.cli.kernels import announce_compilation
-from tracekit.cli.options import key_value, mapping, running_options, selectors, store_argument
+from tracekit.cli.options import StorePath, key_value, mapping, running_options, selectors, store_argument
 from tracekit.cli.output import Output, output_options
 from tracekit.store.results import KINDS
 
@@ -27,7 +27,7 @@ from tracekit.store.results import KINDS
 @click.argument("statement", metavar="SQL")
 @running_options("SQL")
 @output_options
-def sql(store: Path, statement: str, out: Output) -> None:
+def sql(store: str | Path, statement: str, out: Output) -> None:
     """Run one SELECT over the views of a store.
 
     The SQL is DuckDB's. The views of traces: traces, requests, routing (a row per token and layer), activations (a row
@@ -53,7 +53,7 @@ sql.help = sql.help.replace("RESULTS", ", ".join(KINDS))
 
 @verb("views", examples=["tracekit views traces > views.sql"])
 @store_argument
-def views(store: Path) -> None:
+def views(store: str | Path) -> None:
     """Print the views' SQL for a plain duckdb shell."""
     import tracekit as tk
 
@@ -68,7 +68,7 @@ def views(store: Path) -> None:
         "tracekit query traces unique_experts_by_window --param max_window=4 --format csv",
     ],
 )
-@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.argument("store", required=False, type=StorePath())
 @click.argument("name", required=False, shell_complete=completion.queries)
 @click.option(
     "--param",
@@ -89,7 +89,7 @@ def views(store: Path) -> None:
 @running_options("the sums of a pass, and for SQL")
 @output_options
 def query(
-    store: Path | None,
+    store: str | Path | None,
     name: str | None,
     params: tuple[tuple[str, str], ...],
     listed: bool,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tracekit.store import TraceInfo
 
 
-def say_stored(store: Path, trace: TraceInfo, *, quiet: bool) -> int:
+def say_stored(store: str | Path, trace: TraceInfo, *, quiet: bool) -> int:
     """Say what was stored and what was found wrong with it; return the exit code."""
     from tracekit.checks import is_serious
     from tracekit.checks.finding import counted

@@ -90,7 +90,7 @@ FOLLOWED = [policy for policy in POLICIES if policy != "static"]
 @running_options()
 @output_options
 def tpot(
-    store: Path,
+    store: str | Path,
     cost: dict[str, Any],
     schedule: bool,
     quantile: float,

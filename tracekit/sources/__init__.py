@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ __all__ = [
     "RawCounts",
     "RawRequest",
     "Reader",
+    "Share",
     "Source",
     "detect",
     "formats",
@@ -44,7 +45,8 @@ LOOKED_AT = 10_000
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
-    reader: Reader
+    format: str
+    """Name of its reader."""
     size: int
     request_id: str
     """Default id of its requests."""
@@ -58,15 +60,20 @@ class Source:
     """A trace source that is open: its provenance at once, its requests one by one."""
 
     def __init__(
-        self, files: Sequence[_File], options: IngestOptions, notes: Sequence[str], once: Once | None = None
+        self,
+        files: Sequence[_File],
+        options: IngestOptions,
+        notes: Sequence[str] = (),
+        once: Once | None = None,
+        canonical: Canonical | None = None,
     ) -> None:
-        self.formats = {file.reader.name for file in files}
+        self.formats = {file.format for file in files}
         self.total_bytes = sum(file.size for file in files)
         self.done_bytes = 0
         """Bytes read so far, for a progress bar."""
         self._files = files
         self._options = options
-        self._canonical = Canonical(options, files[0].reader.name)
+        self._canonical = canonical or Canonical(options, files[0].format)
         self._canonical.notes.extend(notes)
         self._once = once
         self._stream = self._generate()
@@ -108,7 +115,39 @@ class Source:
             yield self._begun.pop(0)
         yield from self._stream
 
-    def _generate(self) -> Iterator[Request | Histogram | SourceFile]:
+    def shares(self, size: int) -> list[Share]:
+        """Cut what is to be read into shares of about a size, in order, and end the reading here.
+
+        Parameters
+        ----------
+        size
+            Bytes with which a share ends, after a whole file; what is less than half of it at the end is part of the
+            last share. So the cut hangs on the files alone.
+
+        Returns
+        -------
+        list of Share
+            None where there is too little for two, or where entries for requests count them over all files: then
+            nothing has changed.
+        """
+        few = len(self._files) < 2 or 2 * self.total_bytes < 3 * size
+        if few or self._once is None or self._options.requests is not None:
+            return []
+        files = [self._files[number] for number in self._once.chosen()]
+        self._stream.close()
+        self._begun.clear()
+        ends, held = [0], 0
+        for number, file in enumerate(files, 1):
+            held += file.size
+            if held >= size:
+                ends.append(number)
+                held = 0
+        if 2 * held < size and len(ends) > 1:
+            ends.pop()
+        ends.append(len(files))
+        return [Share(files[low:high], self._options, self._canonical.settled()) for low, high in pairwise(ends)]
+
+    def _generate(self) -> Generator[Request | Histogram | SourceFile, None, None]:
         try:
             yield from self._files_once()
         finally:
@@ -146,9 +185,32 @@ class Source:
                 yield self._once.end(number)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Consecutive files of a source, to be read by themselves as a part of it, in another process perhaps."""
+
+    files: Sequence[_File]
+    options: IngestOptions
+    canonical: Canonical
+    """What the first request of the source has settled."""
+
+    @property
+    def size(self) -> int:
+        """Bytes to be read."""
+        return sum(file.size for file in self.files)
+
+    def open(self) -> Source:
+        """Open it, once."""
+        return Source(self.files, self.options, (), Once(_candidates(self.files)), self.canonical)
+
+
+def _candidates(files: Sequence[_File]) -> list[Candidate]:
+    return [Candidate(file.name, file.parts, file.size) for file in files]
+
+
 def _read(file: _File, options: IngestOptions) -> Iterator[RawRequest | RawCounts]:
     try:
-        yield from file.reader.read(file.path, options)
+        yield from READERS[file.format].read(file.path, options)
     except RecursionError as error:  # of a message that shows a value of a thousand levels
         raise SourceError("nests its values too deeply", where=str(file.path), expected="a routing trace") from error
 
@@ -229,13 +291,13 @@ def open_source(
             _note_others(path, [file for file in islice(walk(path), LOOKED_AT) if file not in used], notes)
             size = sum(file_size(file) for file in parts)
             name = scalar_text(path.resolve().name) or "trace"
-            files.append(_File(path, reader, size, name, name, parts))
+            files.append(_File(path, reader.name, size, name, name, parts))
             continue
         found = _folder(path, forced, notes) if path.is_dir() else [(path, forced or detect(path))]
         for file, reader in found:
             relative = (file if file.is_relative_to(base) else file.absolute()).relative_to(base)
-            files.append(_File(file, reader, file_size(file), stem(relative), relative.as_posix(), [file]))
-    formats = sorted({file.reader.name for file in files})
+            files.append(_File(file, reader.name, file_size(file), stem(relative), relative.as_posix(), [file]))
+    formats = sorted({file.format for file in files})
     if len(formats) > 1:
         raise SourceError(
             f"holds files of several formats: {', '.join(formats)}",
@@ -247,8 +309,7 @@ def open_source(
         options = replace(options, config=_config_beside(given[0], notes))
     if len(files) > 1 and formats == ["arrays"] and options.axes is None:
         options = replace(options, token_axis=arrays.varying_axis([file.path for file in files]))
-    candidates = [Candidate(file.name, file.parts, file.size) for file in files]
-    return Source(files, options, notes, None if known is None else Once(candidates, tuple(known)))
+    return Source(files, options, notes, None if known is None else Once(_candidates(files), tuple(known)))
 
 
 def _forced(name: str | None) -> Reader | None:

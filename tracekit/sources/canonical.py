@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,12 @@ class Canonical:
         self._weights = False
         self._step_weights: bool | None = None
         self._seen: dict[str, str] = {}
+
+    def settled(self) -> Canonical:
+        """Return one for other requests of the trace, to which the first request holds as to those that come here."""
+        other = copy(self)
+        other.notes, other._seen, other._step_weights = [], {}, None
+        return other
 
     def request(self, raw: RawRequest, default_id: str) -> Request | None:
         """Return the canonical request; None for one without any row.
@@ -122,9 +129,7 @@ class Canonical:
         request_id = request_id.encode("utf-8", "replace").decode("utf-8")
         where = f"{raw.where}, request {request_id!r}"
         if request_id in self._seen:
-            raise SourceError(
-                "two requests have the same id", where=where, expected=f"another id than in {self._seen[request_id]}"
-            )
+            raise same_id(request_id, raw.where, self._seen[request_id])
         self._seen[request_id] = raw.where
         for note in raw.notes:
             self._note(note)
@@ -348,6 +353,15 @@ class Canonical:
         if phase == "decode" and P is None:
             return first, first
         return first, P
+
+
+def same_id(request_id: str, where: str, before: str) -> SourceError:
+    """Return the error for a request that has the id of one before it."""
+    return SourceError(
+        "two requests have the same id",
+        where=f"{where}, request {request_id!r}",
+        expected=f"another id than in {before}",
+    )
 
 
 def _mixed(where: str) -> SourceError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracekit.errors import SourceError
+from tracekit.execution import current
 from tracekit.schema import SourceFile
 from tracekit.sources.files import reading
 
@@ -66,6 +67,8 @@ class Once:
         self._digests = Counter(file.digest for file in known if file.digest is not None)
         self._sizes = {file.size for file in known}
         self._readings: dict[int, _Reading] = {}
+        self._begun: list[int] = []
+        self._next = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracekit-digest")
         # One for the thread and one for the reader, for all files: new memory has to be cleared.
         self._buffers = [memoryview(bytearray(_PIECE)) for _ in range(2)]
@@ -78,15 +81,32 @@ class Once:
                 states = _states(candidate.paths)
                 self._readings[n] = _Reading(candidate, states, self._digest(candidate))
         here = self._readings[number]
-        if here.candidate.size not in self._sizes:
-            return True
-        digest = here.digest.result()
+        self._next = number + 1
+        if here.candidate.size in self._sizes and self._has(here.candidate, here.digest.result()):
+            del self._readings[number]
+            return False
+        self._begun.append(number)
+        return True
+
+    def _has(self, candidate: Candidate, digest: str) -> bool:
+        """Return whether the trace has the candidate, which then is left out."""
         if not self._digests[digest]:
-            return True
+            return False
         self._digests[digest] -= 1
-        self.left_out.append(here.candidate.name)
-        del self._readings[number]
-        return False
+        self.left_out.append(candidate.name)
+        return True
+
+    def chosen(self) -> list[int]:
+        """Return the candidates that are to be read, those that were begun among them; nothing is read here then."""
+        rest = range(self._next, len(self.candidates))
+        asked = [number for number in rest if self.candidates[number].size in self._sizes]
+        with ThreadPoolExecutor(current().threads, thread_name_prefix="tracekit-digest") as pool:
+            digests = dict(zip(asked, pool.map(self._whole_digest, asked), strict=True))
+        new = [n for n in rest if n not in digests or not self._has(self.candidates[n], digests[n])]
+        return self._begun + new
+
+    def _whole_digest(self, number: int) -> str:
+        return _digest(self.candidates[number].paths, memoryview(bytearray(_PIECE)))
 
     def _digest(self, candidate: Candidate) -> Future[str]:
         if candidate.size > _LARGE:

@@ -18,6 +18,14 @@ from tracekit.schema import Histogram, Predictions, Request, SourceFile, TraceMe
 Record = Request | Histogram
 
 
+class Share(Protocol):
+    """A part of a trace that can be opened by itself, in another process perhaps."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    def open(self) -> Stream: ...  # noqa: D102
+
+
 class Stream(Protocol):
     """A trace that can be read once: an open source, or a mended one."""
 
@@ -35,6 +43,7 @@ class Stream(Protocol):
     def left_out(self) -> Sequence[str]: ...  # noqa: D102
     def requests(self) -> Iterator[Record]: ...  # noqa: D102
     def records(self) -> Iterator[Record | SourceFile]: ...  # noqa: D102
+    def shares(self, size: int) -> Sequence[Share]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,7 @@ class Mended:
 
     def __init__(self, source: Stream, mends: Mends) -> None:
         self._source = source
+        self._mends = mends
         self._steps: list[_Layers | _Deinterleave | _DropWarmup] = []
         if mends.layers is not None:
             self._steps.append(_Layers(source.meta, mends.layers))
@@ -126,6 +136,25 @@ class Mended:
         for step in self._steps:
             stream = _applied(step.apply, stream)
         yield from stream
+
+    def shares(self, size: int) -> Sequence[Share]:
+        """Cut what is to be read into shares, as the source does; none where a mend looks at all requests in order."""
+        if any(not isinstance(step, _Layers) for step in self._steps):
+            return []
+        return [_MendedShare(share, self._mends) for share in self._source.shares(size)]
+
+
+@dataclass(frozen=True, slots=True)
+class _MendedShare:
+    share: Share
+    mends: Mends
+
+    @property
+    def size(self) -> int:
+        return self.share.size
+
+    def open(self) -> Mended:
+        return Mended(self.share.open(), self.mends)
 
 
 def _applied(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from tracekit.store.location import on_disk
 from tracekit.store.manifest import (
     SEGMENTS,
     Segment,
@@ -22,9 +23,10 @@ from tracekit.store.manifest import (
     write_manifest,
 )
 from tracekit.store.reader import Store, compare_sums, read_file, unreadable
+from tracekit.store.segment import PART_ROWS, write_parquet
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS, join
 from tracekit.store.sums import checksum
-from tracekit.store.writer import PART_ROWS, writable_store, write_parquet
+from tracekit.store.writer import writable_store
 
 if TYPE_CHECKING:
     import polars as pl
@@ -60,7 +62,7 @@ def compact(store: Store | str | Path, *, trace: str | None = None) -> pl.DataFr
     """
     import polars as pl
 
-    root = store.path if isinstance(store, Store) else Path(store)
+    root = on_disk(store.path if isinstance(store, Store) else store)
     opened = Store(root)
     names = [info.name for info in (opened.traces() if trace is None else [opened.trace(trace)])]
     rows = []

@@ -3,7 +3,7 @@
 A store is a directory::
 
     manifest.json                what the store holds; written to a temporary file and renamed
-    segments/ID/                 one ingest: never changed after it is listed
+    segments/ID/                 one ingest, or a share of one: never changed after it is listed
         part-00000.parquet       routing rows, one row group each
         requests.parquet         one row a request
         runs.parquet             where each request's consecutive positions lie in the parts
@@ -26,7 +26,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from tracekit import markup
 from tracekit.checks import Finding
 from tracekit.errors import StoreError
 from tracekit.schema import SCHEMA_VERSION, Phase, SourceFile, TraceMeta
+from tracekit.store.location import Location, Url, reason, scan
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
@@ -44,11 +47,12 @@ VERSION = 4
 TEMPORARY = ".writing-"
 """Prefix of files that are being written."""
 _FORMAT = "tracekit-store"
+_NO_STORE = f"not a tracekit store (it has no {MANIFEST})"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One committed ingest, or several that were put together: a directory of immutable Parquet files."""
+    """One committed ingest, a share of one, or several put together: a directory of immutable Parquet files."""
 
     id: str
     content: str
@@ -175,28 +179,37 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def damaged(root: Path, trace: TraceInfo) -> list[Path]:
+def damaged(root: Location, trace: TraceInfo) -> list[Location]:
     """Return the files of a trace that are missing or cut short."""
-    files = []
+    files = list[Location]()
     for segment in trace.segments:
         names = [part_name(i) for i in range(len(segment.parts))] + ["requests.parquet", "runs.parquet"]
         names += ["tokens.parquet"] * segment.has_token_ids + ["steps.parquet"] * segment.has_steps
         names += ["predicted.parquet"] * segment.has_predictions
         names += ["counts.parquet"] * trace.meta.histogram
         files += [root / SEGMENTS / segment.id / name for name in names]
-    return [file for file in files if not whole(file)]
+    with ThreadPoolExecutor() as pool:  # for files that are far away
+        return [file for file, fine in zip(files, pool.map(whole, files), strict=True) if not fine]
 
 
-def whole(path: Path) -> bool:
+def whole(path: Location) -> bool:
     """Return whether a Parquet file is there to its end."""
+    if isinstance(path, Url):
+        import polars as pl
+
+        with contextlib.suppress(OSError, pl.exceptions.PolarsError):
+            return bool(scan(path).collect_schema())  # it stands at the end
+        return False
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(-4, os.SEEK_END)
         return file.read() == b"PAR1"
     return False
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: Location) -> bool:
     """Return whether a path is a store, if perhaps a damaged one; sources may have a ``manifest.json`` too."""
+    if isinstance(path, Url):  # no source is read from one
+        return True
     try:
         data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -204,7 +217,7 @@ def is_store(path: Path) -> bool:
     return isinstance(data, dict) and data.get("format") == _FORMAT
 
 
-def read_manifest(root: Path) -> list[TraceInfo]:
+def read_manifest(root: Location) -> list[TraceInfo]:
     """Read the traces that a store holds.
 
     Raises
@@ -212,16 +225,13 @@ def read_manifest(root: Path) -> list[TraceInfo]:
     StoreError
         The directory is not a store, its manifest is damaged, or its schema is newer than this version reads.
     """
+    return list(_traces(root, _text_at(root) if isinstance(root, Url) else _text_in(root)))
+
+
+@lru_cache(maxsize=4)
+def _traces(root: Location, text: str) -> tuple[TraceInfo, ...]:
+    """Return the traces of a manifest's text, which is read again and again: sources may be thousands."""
     path = root / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        found = "is not a tracekit store (it has no manifest.json)" if root.exists() else "does not exist"
-        raise StoreError(found, where=str(root), remedy="Create one with: tracekit ingest SOURCE --store DIR") from None
-    except NotADirectoryError:
-        raise StoreError("is a file, not a store", where=str(root), expected="a directory") from None
-    except UnicodeDecodeError:
-        raise StoreError("is not UTF-8 text", where=str(path), expected="the JSON that tracekit writes") from None
     try:
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
@@ -234,11 +244,35 @@ def read_manifest(root: Path) -> list[TraceInfo]:
                 expected=f"at most {SCHEMA_VERSION}, which this tracekit reads",
                 remedy="Upgrade with: pip install --upgrade moe-tracekit",
             )
-        return [_trace(entry) for entry in data["traces"]]
+        return tuple(_trace(entry) for entry in data["traces"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"damaged manifest ({error})", where=str(path), remedy="Restore it or ingest again") from None
+
+
+def _text_in(root: Path) -> str:
+    path = root / MANIFEST
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = f"is {_NO_STORE}" if root.exists() else "does not exist"
+        raise StoreError(found, where=str(root), remedy="Create one with: tracekit ingest SOURCE --store DIR") from None
+    except NotADirectoryError:
+        raise StoreError("is a file, not a store", where=str(root), expected="a directory") from None
+    except UnicodeDecodeError:
+        raise StoreError("is not UTF-8 text", where=str(path), expected="the JSON that tracekit writes") from None
+
+
+def _text_at(root: Url) -> str:
+    import polars as pl
+
+    try:
+        return (root / MANIFEST).text()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        missing = isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
+        found = f"is {_NO_STORE}" if missing else f"cannot be read ({reason(error)})"
+        raise StoreError(found, where=root, remedy=root.access) from None
 
 
 def _trace(entry: dict[str, Any]) -> TraceInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from tracekit.store.location import scan
 from tracekit.store.manifest import SEGMENTS, TraceInfo
 from tracekit.store.reader import Store, unreadable
 from tracekit.store.spool import PREDICTED
@@ -22,7 +23,7 @@ def recorded_predictors(store: Store, trace: TraceInfo) -> dict[tuple[str, int],
         if segment.has_predictions:
             path = store.path / SEGMENTS / segment.id / PREDICTED
             try:
-                pairs = pl.scan_parquet(path, glob=False).select("predictor", "distance").unique().collect()
+                pairs = scan(path).select("predictor", "distance").unique().collect()
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise unreadable(path, error) from None
             for pair in pairs.iter_rows():
@@ -46,7 +47,7 @@ def prediction_rows(store: Store, trace: TraceInfo, wanted: Iterable[tuple[str, 
         path = store.path / SEGMENTS / segment.id / PREDICTED
         experts = [f"p{rank}" for rank in range(segment.predicted)]
         try:
-            rows = pl.scan_parquet(path, glob=False).filter(pl.any_horizontal(pairs))
+            rows = scan(path).filter(pl.any_horizontal(pairs))
             for frame in rows.collect_batches(maintain_order=True):
                 largest = max((int(frame[e].max()) for e in experts if frame.height), default=0)  # type: ignore[arg-type]
                 fits = frame["request"].is_sorted() and frame["layer"].is_in(list(meta.layers)).all()

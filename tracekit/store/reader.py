@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,7 +18,8 @@ from tracekit.execution import Progress, current
 from tracekit.schema import id_dtype
 from tracekit.store import views
 from tracekit.store.ahead import ahead
-from tracekit.store.manifest import SEGMENTS, Segment, TraceInfo, part_name, read_manifest, whole
+from tracekit.store.location import Location, Url, beside, location, reason, scan
+from tracekit.store.manifest import SEGMENTS, TEMPORARY, Segment, TraceInfo, part_name, read_manifest, whole
 from tracekit.store.spool import COUNTS, STEPS
 from tracekit.store.steps import StepRows, whole_steps
 from tracekit.store.sums import checksum
@@ -90,7 +92,7 @@ class Store:
     """A tracekit store. Open one with :func:`tracekit.open`."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+        self.path = location(path).absolute()
         read_manifest(self.path)
 
     def __repr__(self) -> str:
@@ -214,13 +216,10 @@ class Store:
         if not parts:  # a trace of counts, perhaps
             return
         paths = [self._path(s, part_name(i)) for s, i in parts]
-        segments = {s.id: s for s, _ in parts}.values()
-        runs = {s.id: self._read(s, "runs.parquet").partition_by("part", as_dict=True) for s in segments}
-        # Some segments may have weights that the first one has not.
-        scan = pl.scan_parquet(paths, glob=False, extra_columns="ignore")
-        batches = scan.select(columns).collect_batches(maintain_order=True)
+        batches = scan(*paths).select(columns).collect_batches(maintain_order=True)
         done, total = 0, k * sum(s.parts[i] for s, i in parts)
-        for (segment, part), path in zip(parts, paths, strict=True):
+        of: Segment | None = None
+        for number, ((segment, part), path) in enumerate(zip(parts, paths, strict=True)):
             if progress:
                 progress(done, total)
             expected, frames = segment.parts[part], list[pl.DataFrame]()
@@ -228,11 +227,14 @@ class Store:
                 try:
                     frames.append(next(batches))
                 except (OSError, StopIteration, pl.exceptions.PolarsError) as error:
-                    raise unreadable(path, error) from None
+                    # Those that come next are being fetched already: it may be one of them.
+                    raise unreadable(next((p for p in paths[number:] if not whole(p)), path), error) from None
             frame = pl.concat(frames).rechunk()
             if frame.height != expected or frame.dtypes != dtypes[: len(columns)] or any(frame.null_count().row(0)):
                 raise unreadable(path, f"it does not have the {expected} rows of {dtypes[0]} that it should")
-            here = runs[segment.id].get((part,))
+            if of is not segment:  # after its first rows, for more are decoded meanwhile
+                of, runs = segment, self._read(segment, "runs.parquet").partition_by("part", as_dict=True)
+            here = runs.get((part,))
             if here is None:
                 raise unreadable(path, "runs.parquet says nothing of it")
             arrays = tuple(frame[column].to_numpy() for column in columns)
@@ -269,7 +271,7 @@ class Store:
         for segment in trace.segments:
             path = self._path(segment, COUNTS)
             try:
-                for frame in pl.scan_parquet(path, glob=False).collect_batches():
+                for frame in scan(path).collect_batches():
                     request, layer, expert, n = (
                         frame[c].to_numpy().astype(np.int64) for c in ("request", "layer", "expert", "n")
                     )
@@ -295,20 +297,18 @@ class Store:
         UnsupportedError
             Weights are asked for and the steps have none.
         """
-        import polars as pl
-
         for segment in trace.segments:
             if segment.has_steps:
                 path = self._path(segment, STEPS)
-                if weights and whole(path) and "w0" not in pl.read_parquet_schema(path):
+                if weights and whole(path) and "w0" not in scan(path).collect_schema():
                     raise UnsupportedError("the trace's verification steps have no router weights")
                 yield from whole_steps(self._step_rows(path, trace, weights))
 
-    def _step_rows(self, path: Path, trace: TraceInfo, weights: bool) -> Iterator[StepRows]:
+    def _step_rows(self, path: Location, trace: TraceInfo, weights: bool) -> Iterator[StepRows]:
         import polars as pl
 
         try:
-            for frame in pl.scan_parquet(path, glob=False).collect_batches(maintain_order=True):
+            for frame in scan(path).collect_batches(maintain_order=True):
                 rows = StepRows.of(frame, trace.meta.top_k, weights=weights)
                 if not rows.fits(trace.meta, trace.requests):
                     raise unreadable(path, "its ids, requests or layers are outside what the manifest says")
@@ -323,7 +323,7 @@ class Store:
         there = np.zeros(trace.requests, bool)
         for path in (self._path(segment, STEPS) for segment in trace.segments if segment.has_steps):
             try:
-                requests = pl.scan_parquet(path, glob=False).select(pl.col("request").unique()).collect()
+                requests = scan(path).select(pl.col("request").unique()).collect()
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise unreadable(path, error) from None
             numbers = requests["request"].to_numpy()
@@ -332,9 +332,27 @@ class Store:
             there[numbers] = True
         return there
 
+    def step_count(self, trace: TraceInfo) -> int:
+        """Return how many verification steps the trace has."""
+        import polars as pl
+
+        count = 0
+        for path in (self._path(segment, STEPS) for segment in trace.segments if segment.has_steps):
+            try:
+                count += scan(path).filter(row=0).select("request", "step").unique().collect().height
+            except (OSError, pl.exceptions.PolarsError) as error:
+                raise unreadable(path, error) from None
+        return count
+
     def connect(self, variables: Mapping[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
-        """Return a DuckDB connection with the store's views that can read the store and nothing else."""
-        return views.connect(self.path, self.traces(), variables)
+        """Return a DuckDB connection with the store's views that can read the store and nothing else.
+
+        Of a store at a URL, which DuckDB does not read, there are the views of traces, requests, findings and results.
+        """
+        traces = self.traces()
+        if isinstance(self.path, Url):
+            return views.connect(self._requests_here(traces), traces, variables, rows=False)
+        return views.connect(self.path, traces, variables)
 
     def sql(self, statement: str, variables: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run one SELECT over the store's views.
@@ -350,6 +368,8 @@ class Store:
         ------
         QueryError
             The statement is not a SELECT, reaches outside the store, or fails.
+        UnsupportedError
+            It reads a view of rows, and the store is at a URL.
         """
         con = self.connect(variables)
         try:
@@ -358,28 +378,51 @@ class Store:
             con.close()
 
     def views(self) -> str:
-        """Return the view definitions as a script for a plain ``duckdb`` shell."""
+        """Return the view definitions as a script for a plain ``duckdb`` shell.
+
+        Raises
+        ------
+        UnsupportedError
+            The store is at a URL.
+        """
+        if isinstance(self.path, Url):
+            raise UnsupportedError("views are of files on this machine", where=self.path, remedy=views.COPY)
         return views.script(self.path, self.traces())
 
-    def _path(self, segment: Segment, name: str) -> Path:
+    def _requests_here(self, traces: list[TraceInfo]) -> Path:
+        """Return a directory that has what the views read without rows: the requests, and the results."""
+        root = beside(self.path)
+        for segment in (segment for trace in traces for segment in trace.segments):
+            copy = root / SEGMENTS / segment.id / "requests.parquet"
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                temporary = copy.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+                self._read(segment, copy.name).write_parquet(temporary)
+                temporary.replace(copy)
+        return root
+
+    def _path(self, segment: Segment, name: str) -> Location:
         return self.path / SEGMENTS / segment.id / name
 
     def _read(self, segment: Segment, name: str) -> pl.DataFrame:
         return read_file(self._path(segment, name))
 
 
-def read_file(path: Path) -> pl.DataFrame:
-    """Read a file of a store as a whole."""
+def read_file(path: Location, columns: list[str] | None = None) -> pl.DataFrame:
+    """Read a file of a store as a whole, or these columns of it."""
     import polars as pl
 
     try:
-        return pl.read_parquet(path, memory_map=False, glob=False)
+        if isinstance(path, Path):
+            return pl.read_parquet(path, columns=columns, memory_map=False, glob=False)
+        rows = scan(path)
+        return (rows if columns is None else rows.select(columns)).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise unreadable(path, error) from None
 
 
 def compare_sums(
-    path: Path, ids: Sequence[NDArray[Any]], weights: Sequence[NDArray[Any]], sums: tuple[str, str]
+    path: Location, ids: Sequence[NDArray[Any]], weights: Sequence[NDArray[Any]], sums: tuple[str, str]
 ) -> None:
     """Hold the columns of a part, as far as they were read, against the checksums from when they were written."""
     for what, columns, known in (("ids", ids, sums[0]), ("weights", weights, sums[1])):
@@ -387,10 +430,12 @@ def compare_sums(
             raise unreadable(path, f"its {what} are not those that were written")
 
 
-def unreadable(path: Path, reason: object) -> StoreError:
+def unreadable(path: Location, problem: object) -> StoreError:
     """Return the error for a file of a store that cannot be read."""
-    return StoreError(
-        f"cannot be read ({str(reason) or 'it is damaged'})",
-        where=str(path),
-        remedy="If the trace was replaced meanwhile, try again; if not, ingest it again with --force",
-    )
+    if isinstance(path, Path):
+        remedy = "If the trace was replaced meanwhile, try again; if not, ingest it again with --force"
+    elif isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError):
+        remedy = path.access
+    else:
+        remedy = "If the store was replaced meanwhile, try again; if not, copy it there again"
+    return StoreError(f"cannot be read ({reason(problem) or 'it is damaged'})", where=str(path), remedy=remedy)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ from tracekit.checks import Checker
 from tracekit.errors import StoreError
 from tracekit.schema import Request, VerifySteps
 from tracekit.sources.released import released_experts, released_top_k
+from tracekit.store.location import Location, scan
 from tracekit.store.manifest import SEGMENTS, TraceInfo
-from tracekit.store.reader import Block, Store
+from tracekit.store.reader import Block, Store, unreadable
 from tracekit.store.steps import StepRows
 
 TOKENS = "tokens.parquet"
@@ -31,13 +31,27 @@ def checkers(store: Store, info: TraceInfo) -> list[Checker]:
         A file of the store cannot be read.
     """
     ends = np.cumsum([segment.requests for segment in info.segments])
-    together = -(-len(ends) // _PARTS)
+    together = _together(len(ends))
     ends = np.append(ends[together - 1 :: together], ends[-1])
     native = released_top_k(info.meta), released_experts(info.meta)
     parts = [Checker(info.meta, *native) for _ in np.unique(ends)]
     for number, request in enumerate(requests(store, info)):
         parts[int(np.searchsorted(ends, number, side="right"))].add(request)
     return parts
+
+
+def merged(parts: Sequence[Checker]) -> list[Checker]:
+    """Return checkers of parts of a trace with neighbouring ones put together as `checkers` does; they are used up."""
+    together = _together(len(parts))
+    for number, part in enumerate(parts):
+        if number % together:
+            parts[number - number % together].merge(part)
+    return list(parts[::together])
+
+
+def _together(ingests: int) -> int:
+    """Return how many neighbouring ingests, or shares of one, are one part."""
+    return max(1, -(-ingests // _PARTS))
 
 
 def requests(store: Store, info: TraceInfo) -> Iterator[Request]:
@@ -176,12 +190,12 @@ class _Tokens:
         return self._ids[low:high] if high - low == count else None
 
     @staticmethod
-    def _read(paths: list[Path]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def _read(paths: list[Location]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         import polars as pl
 
         for path in paths:
             try:
-                for frame in pl.scan_parquet(path, glob=False).collect_batches(maintain_order=True):
+                for frame in scan(path).collect_batches(maintain_order=True):
                     yield frame["request"].to_numpy().astype(np.int64), frame["token_id"].to_numpy()
             except (OSError, pl.exceptions.PolarsError) as error:
-                raise StoreError(f"cannot be read ({error})", where=str(path)) from None
+                raise unreadable(path, error) from None

@@ -1,7 +1,8 @@
 """Results that the kernels computed, kept beside the trace they belong to.
 
 One Parquet file a result: ``results/KIND-VERSION-CONTENT-PARAMETERS.parquet``, where CONTENT is the digest of the trace
-and PARAMETERS one of everything else the numbers depend on. A result is therefore never stale, only unused.
+and PARAMETERS one of everything else the numbers depend on. A result is therefore never stale, only unused. Those of a
+store at a URL are kept as long as the process runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracekit.schema import BASELINES
 from tracekit.store.answers import MODELLED
+from tracekit.store.location import Location, beside
 from tracekit.store.manifest import RESULTS, TEMPORARY, VERSION, TraceInfo, whole
 
 if TYPE_CHECKING:
@@ -162,14 +164,14 @@ KINDS = (*KEYS, *MODELLED)
 """The views."""
 
 
-def path(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> Path:
+def path(root: Location, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> Path:
     """Return where the result for these parameters is or would be."""
     text = json.dumps(dict(parameters), sort_keys=True)
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return root / RESULTS / f"{kind}-{VERSION}-{trace.content}-{key}.parquet"
+    return beside(root) / RESULTS / f"{kind}-{VERSION}-{trace.content}-{key}.parquet"
 
 
-def load(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> pl.DataFrame | None:
+def load(root: Location, kind: str, trace: TraceInfo, parameters: Mapping[str, Any]) -> pl.DataFrame | None:
     """Return the saved result, or None where there is none that can be read."""
     import polars as pl
 
@@ -179,7 +181,7 @@ def load(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any])
         return None
 
 
-def save(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any], frame: pl.DataFrame) -> None:
+def save(root: Location, kind: str, trace: TraceInfo, parameters: Mapping[str, Any], frame: pl.DataFrame) -> None:
     """Save a result atomically; a store that cannot be written to is left as it is."""
     import polars as pl
 
@@ -196,10 +198,10 @@ def save(root: Path, kind: str, trace: TraceInfo, parameters: Mapping[str, Any],
             temporary.unlink(missing_ok=True)
 
 
-def saved(root: Path, kind: str, trace: TraceInfo) -> list[Path]:
+def saved(root: Location, kind: str, trace: TraceInfo) -> list[Path]:
     """Return the files with results of this kind for the trace as it is now, oldest first."""
     ages = []
-    for file in (root / RESULTS).glob(f"{kind}-{VERSION}-{trace.content}-*.parquet"):
+    for file in (beside(root) / RESULTS).glob(f"{kind}-{VERSION}-{trace.content}-*.parquet"):
         with contextlib.suppress(OSError):
             if whole(file):
                 ages.append((file.stat().st_mtime_ns, file))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tracekit.store.location import scan
 from tracekit.store.manifest import SEGMENTS, TraceInfo, part_name
-from tracekit.store.reader import Store, unreadable
+from tracekit.store.reader import Store, read_file, unreadable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,10 +22,7 @@ def token_rows(store: Store, trace: TraceInfo) -> pl.DataFrame:
     for segment in trace.segments:
         if segment.has_token_ids:
             path = store.path / SEGMENTS / segment.id / "tokens.parquet"
-            try:
-                frames.append(pl.read_parquet(path, columns=list(schema), memory_map=False, glob=False))
-            except (OSError, pl.exceptions.PolarsError) as error:
-                raise unreadable(path, error) from None
+            frames.append(read_file(path, list(schema)))
     return pl.concat(frames, how="vertical_relaxed")
 
 
@@ -41,9 +39,9 @@ def routing_rows(store: Store, trace: TraceInfo, requests: Sequence[int]) -> pl.
     for segment in trace.segments:
         folder = store.path / SEGMENTS / segment.id
         try:
-            runs = pl.scan_parquet(folder / "runs.parquet", glob=False).filter(mine)
+            runs = scan(folder / "runs.parquet").filter(mine)
             parts = runs.select(pl.col("part").unique().sort()).collect()["part"].to_list()
-            files = [pl.scan_parquet(folder / part_name(part), glob=False) for part in parts]
+            files = [scan(folder / part_name(part)) for part in parts]
             frames += [file.select(columns).filter(mine).collect() for file in files]
         except (OSError, pl.exceptions.PolarsError) as error:
             raise unreadable(folder, error) from None

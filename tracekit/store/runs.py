@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tracekit.errors import UnsupportedError, UsageError
 from tracekit.schema import By, Phase
+from tracekit.store.location import scan
 from tracekit.store.manifest import SEGMENTS, TraceInfo
 from tracekit.store.reader import Store, unreadable
 
@@ -49,7 +50,7 @@ class Runs:
         for segment in trace.segments:
             path = store.path / SEGMENTS / segment.id / "runs.parquet"
             # Every layer of a request has the same positions.
-            runs = pl.scan_parquet(path, glob=False).filter(layer=trace.meta.layers[0]).select("request", "pos", "n")
+            runs = scan(path).filter(layer=trace.meta.layers[0]).select("request", "pos", "n")
             try:
                 frames.append(runs.collect())
             except (OSError, pl.exceptions.PolarsError) as error:

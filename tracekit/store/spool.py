@@ -28,6 +28,8 @@ Columns = Mapping[str, NDArray[Any] | str]
 class Spool:
     """Takes columns of rows in their final order; the file is there, in one piece, once it is finished.
 
+    Requests are numbered from 0 on here.
+
     What does not fit into memory waits in pieces beside the file.
     """
 
@@ -56,26 +58,32 @@ class Spool:
             self._write(piece)
             self._pieces.append(piece)
 
-    def finish(self) -> str:
-        """Write the file and return the digest of its rows; without any row there is no file."""
+    def finish(self, first: int = 0) -> str:
+        """Write the file and return the digest of its rows; without any row there is no file.
+
+        Parameters
+        ----------
+        first
+            Is added to the numbers of requests.
+        """
         if not self._pieces:
             if self._held:
-                self._write(self.path)
+                self._write(self.path, first)
             return self._digest.hexdigest()
         if self._held:
             piece = self.path.with_name(f"{self.path.stem}-piece-{len(self._pieces):05d}.parquet")
             self._write(piece)
             self._pieces.append(piece)
-        join(self._pieces, self.path)
+        join(self._pieces, self.path, first)
         for piece in self._pieces:
             piece.unlink()
         return self._digest.hexdigest()
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, first: int = 0) -> None:
         import polars as pl
 
         try:
-            pl.concat(self._held).write_parquet(
+            pl.concat(self._held).with_columns(_from(first)).write_parquet(
                 path, compression_level=1, statistics=False, row_group_size=max(1, min(self._held_rows, SPOOL_ROWS))
             )
         except pl.exceptions.PolarsError as error:
@@ -83,16 +91,28 @@ class Spool:
         self._held, self._held_rows = [], 0
 
 
-def join(pieces: Sequence[Path], path: Path) -> None:
-    """Write the rows of some files to one, in their order and in bounded memory."""
+def join(pieces: Sequence[Path], path: Path, first: int = 0) -> None:
+    """Write the rows of some files to one, in their order and in bounded memory.
+
+    Parameters
+    ----------
+    first
+        Is added to the numbers of requests.
+    """
     import polars as pl
 
     try:
-        pl.scan_parquet(list(pieces), glob=False).sink_parquet(
+        pl.scan_parquet(list(pieces), glob=False).with_columns(_from(first)).sink_parquet(
             path, compression_level=1, statistics=False, row_group_size=SPOOL_ROWS, maintain_order=True
         )
     except pl.exceptions.PolarsError as error:
         raise OSError(f"{path.name}: {error}") from error
+
+
+def _from(first: int) -> pl.Expr:
+    import polars as pl
+
+    return pl.col("request") + pl.lit(first, pl.UInt32)
 
 
 def _with_nulls(column: NDArray[Any] | str) -> Any:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekit.schema import id_dtype
+from tracekit.store.location import Location, beside
 from tracekit.store.manifest import STATES, TEMPORARY, VERSION, TraceInfo
 
 _DIGEST = 16
@@ -43,11 +44,11 @@ class Kept:
         return len(self.extent) == len(extent) and all(a >= b for a, b in zip(self.extent, extent, strict=True))
 
 
-def kept(root: Path, trace: TraceInfo, parameters: Mapping[str, Any]) -> list[Kept]:
+def kept(root: Location, trace: TraceInfo, parameters: Mapping[str, Any]) -> list[Kept]:
     """Return the states of the trace's first segments with these parameters, see :func:`save`; the longest first."""
     segments = {content: n for n, content in enumerate(trace.contents, 1)}
     found = []
-    for path in (root / STATES).glob(f"{VERSION}-*-{_key(parameters)}-*.state"):
+    for path in (beside(root) / STATES).glob(f"{VERSION}-*-{_key(parameters)}-*.state"):
         _, content, _, *extent = path.stem.split("-")
         if content in segments and all(size.isdecimal() and len(size) < 10 for size in extent):
             found.append(Kept(path, segments[content], tuple(map(int, extent))))
@@ -89,7 +90,7 @@ def load(state: Kept, like: Sequence[NDArray[Any]]) -> list[NDArray[Any]] | None
 
 
 def save(
-    root: Path,
+    root: Location,
     trace: TraceInfo,
     parameters: Mapping[str, Any],
     extent: Sequence[int],
@@ -114,7 +115,7 @@ def save(
         return
     narrow = [np.ascontiguousarray(array, _dtype(array, _width(array))) for array in arrays]
     name = f"{VERSION}-{trace.contents[-1]}-{_key(parameters)}-" + "-".join(map(str, extent))
-    target = root / STATES / f"{name}.state"
+    target = beside(root) / STATES / f"{name}.state"
     temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     rest: list[Any] = [
         bytes(array.itemsize for array in narrow),

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracekit.checks import Finding
-from tracekit.errors import QueryError
+from tracekit.errors import QueryError, UnsupportedError
 from tracekit.execution import current
 from tracekit.store import results
 from tracekit.store.answers import MODELLED
+from tracekit.store.location import temporary
 from tracekit.store.manifest import SEGMENTS, TraceInfo, part_name
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS
 
@@ -64,29 +61,27 @@ def _empty(columns: Mapping[str, str]) -> str:
     return "SELECT " + ", ".join(f'NULL::{sql} AS "{name}"' for name, sql in columns.items()) + " WHERE false"
 
 
-def definitions(root: Path, traces: list[TraceInfo]) -> dict[str, str]:
+def definitions(root: Path, traces: list[TraceInfo], *, rows: bool = True) -> dict[str, str]:
     """Return the body of every view, by name, over the files that the store holds now.
 
     Paths are absolute, names and paths are literals: nothing that a trace or a folder is called can become SQL.
+
+    Parameters
+    ----------
+    rows
+        Whether the views of rows are among them.
     """
-    views = {
-        "traces": _traces(traces),
-        "requests": _requests(root, traces),
-        "routing": _routing(root, traces),
-        "activations": _activations(root, traces),
-        "tokens": _tokens(root, traces),
-        "verification": _verification(root, traces),
-        "predictions": _predictions(root, traces),
-        "counts": _counts(root, traces),
-        "findings": _findings(traces),
-    }
+    views = {"traces": _traces(traces), "requests": _requests(root, traces)}
+    if rows:
+        views |= {name: of(root, traces) for name, of in _ROWS.items()}
+    views["findings"] = _findings(traces)
     return views | {kind: _result(root, traces, kind) for kind in results.KINDS}
 
 
-def script(root: Path, traces: list[TraceInfo]) -> str:
-    """Return the views as a script for a plain ``duckdb`` shell."""
-    lines = [f'CREATE OR REPLACE VIEW "{name}" AS\n{body};\n' for name, body in definitions(root, traces).items()]
-    return "\n".join(lines)
+def script(root: Path, traces: list[TraceInfo], *, rows: bool = True) -> str:
+    """Return the views as a script for a plain ``duckdb`` shell; ``rows`` as in `definitions`."""
+    views = definitions(root, traces, rows=rows)
+    return "\n".join(f'CREATE OR REPLACE VIEW "{name}" AS\n{body};\n' for name, body in views.items())
 
 
 def _traces(traces: list[TraceInfo]) -> str:
@@ -263,6 +258,20 @@ def _counts(root: Path, traces: list[TraceInfo]) -> str:
     return _union(selects, _empty(columns))
 
 
+_ROWS: dict[str, Callable[[Path, list[TraceInfo]], str]] = {
+    "routing": _routing,
+    "activations": _activations,
+    "tokens": _tokens,
+    "verification": _verification,
+    "predictions": _predictions,
+    "counts": _counts,
+}
+"""The views of rows, which take DuckDB reading the trace."""
+
+COPY = "Copy the store to a disk with a tool of its storage, and open the copy"
+"""What to do where DuckDB is to read a store at a URL."""
+
+
 def _findings(traces: list[TraceInfo]) -> str:
     columns = {"trace": "VARCHAR", **dict.fromkeys(Finding.__slots__, "VARCHAR")}
     selects = []
@@ -300,7 +309,7 @@ def _result(root: Path, traces: list[TraceInfo], kind: str) -> str:
 
 
 def connect(
-    root: Path, traces: list[TraceInfo], variables: Mapping[str, Any] | None = None
+    root: Path, traces: list[TraceInfo], variables: Mapping[str, Any] | None = None, *, rows: bool = True
 ) -> duckdb.DuckDBPyConnection:
     """Return an in-memory DuckDB connection with the store's views that can read the store and nothing else.
 
@@ -308,6 +317,8 @@ def connect(
     ----------
     variables
         DuckDB variables, which SQL reads with ``getvariable('name')``.
+    rows
+        As in `definitions`.
 
     Notes
     -----
@@ -318,11 +329,11 @@ def connect(
     con = duckdb.connect()
     try:
         # Larger than memory is the normal case; what does not fit is spilled to a private directory.
-        con.execute("SET temp_directory = ?", [_spill_directory()])
+        con.execute("SET temp_directory = ?", [str(temporary())])
         con.execute("SET threads = ?", [current().threads])
         if memory := current().memory:
             con.execute("SET memory_limit = ?", [f"{memory}B"])
-        con.execute(script(root, traces))
+        con.execute(script(root, traces, rows=rows))
         for name, value in (variables or {}).items():
             if not name.isidentifier():
                 raise QueryError(f"{name!r} is not a variable name")
@@ -342,14 +353,6 @@ def connect(
     return con
 
 
-@cache
-def _spill_directory() -> str:
-    """Return this process's private directory for what does not fit into memory; it is removed at exit."""
-    directory = tempfile.mkdtemp(prefix="tracekit-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return directory
-
-
 _NO_POLARS_TYPE = ("INTERVAL", "TIME_NS", "TIMETZ", "TIME WITH TIME ZONE", "UNION(", "MAP(", "BIT", "BIGNUM", "VARINT")
 
 
@@ -360,6 +363,8 @@ def run(con: duckdb.DuckDBPyConnection, sql: str, rows: int | None = None) -> pl
     ------
     QueryError
         It is not exactly one statement, not a SELECT, reaches outside the store, or fails.
+    UnsupportedError
+        It reads a view of rows that the connection was made without.
     """
     import duckdb
     import polars as pl
@@ -385,6 +390,9 @@ def run(con: duckdb.DuckDBPyConnection, sql: str, rows: int | None = None) -> pl
     except (duckdb.Error, pl.exceptions.PolarsError) as error:
         if damage := _damage(error):
             raise QueryError(damage, remedy=_NAMING) from None
+        if (lacking := _LACKING.search(str(error))) and lacking[1] in _ROWS:
+            found = f"SQL cannot read {lacking[1]} of a store at a URL, only its requests, findings and results"
+            raise UnsupportedError(found, remedy=COPY) from None
         raise QueryError(f"SQL failed: {_LINE.sub(_one_up, str(error))}") from None
 
 
@@ -398,6 +406,7 @@ def _damage(error: Exception) -> str | None:
     return f"a file of the store is damaged ({error})" if type(error) is duckdb.Error else None
 
 
+_LACKING = re.compile(r"^Catalog Error: Table with name (\w+) does not exist")
 _LINE = re.compile(r"^LINE (\d+):", re.MULTILINE)
 
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal
 
 from tracekit.checks import OF_INGEST, Checker, Finding, findings_of_parts, ordered
 from tracekit.errors import SourceError, StoreError, TracekitError, UsageError
-from tracekit.schema import Histogram, IdSpace, Phase, Predictions, Request, SourceFile, TraceMeta, id_dtype
+from tracekit.schema import Histogram, IdSpace, Phase, Request, SourceFile, TraceMeta
 from tracekit.sources import IngestOptions, open_source
+from tracekit.sources.canonical import same_id
 from tracekit.sources.config import load_config
 from tracekit.sources.files import fault
-from tracekit.sources.histograms import tokens_of
-from tracekit.sources.mend import Mended, Mends, Stream
+from tracekit.sources.mend import Mended, Mends, Share, Stream
 from tracekit.sources.released import released_experts, released_top_k
 from tracekit.store.ahead import SMALL, ahead
+from tracekit.store.location import on_disk
 from tracekit.store.manifest import (
     MANIFEST,
     SEGMENTS,
@@ -34,26 +30,15 @@ from tracekit.store.manifest import (
     Segment,
     TraceInfo,
     locked,
-    part_name,
     read_manifest,
     sweep,
-    sync_segment,
     with_trace,
     write_manifest,
 )
 from tracekit.store.reader import Store
-from tracekit.store.recheck import checkers
-from tracekit.store.spool import COUNTS, PREDICTED, STEPS, Spool, count_columns, prediction_columns, step_columns
-from tracekit.store.sums import checksum
-
-if TYPE_CHECKING:
-    import polars as pl
-
-PART_ROWS = 2_000_000
-"""Routing rows of a part file: one row group, a few tens of MB in memory."""
-
-GROUP_ROWS = 4 * PART_ROWS
-"""Routing rows after which an ingest that can be resumed commits the files that it has read."""
+from tracekit.store.recheck import checkers, merged
+from tracekit.store.segment import SegmentWriter, in_trace, number
+from tracekit.store.shares import SHARE_BYTES, Task, write_shares
 
 UNCHECKED = Finding(
     "warning",
@@ -64,9 +49,6 @@ UNCHECKED = Finding(
     "Run it again with --resume",
 )
 """What a trace has that is being added to by an ingest that can be resumed."""
-
-_TRANSPOSE_TOKENS = 512
-_WRITERS = 2
 
 Progress = Callable[[int, int, int], None]
 """Called with bytes read, bytes in all, and tokens ingested so far."""
@@ -100,6 +82,9 @@ def ingest(
 
     The store is created if it is not there. It is changed by a single rename at the end: whatever happens before,
     it stays as it was. With ``resume`` it is changed file by file.
+
+    Many files are read in shares, with as many processes at the same time as there are threads (see `running`); the
+    result is the same with one.
 
     What the trace has already is left out, by content, under whatever name it comes.
 
@@ -160,7 +145,7 @@ def ingest(
     paths = [Path(p) for p in ([sources] if isinstance(sources, str | Path) else sources)]
     if not paths:
         raise UsageError("no source given")
-    root = Path(store)
+    root = on_disk(store)
     trace_name = name if name is not None else default_name(paths[0])
     check_words(trace_name, append=append, force=force, resume=resume)
     if resume and requests is not None:
@@ -240,6 +225,9 @@ class _Given:
     done_bytes = total_bytes = 0
     empty, left_out = False, ()
 
+    def shares(self, _: int) -> list[Share]:
+        return []
+
     def __init__(
         self, meta: TraceMeta, requests: Iterable[Request], notes: Sequence[str], sources: Sequence[str]
     ) -> None:
@@ -311,7 +299,7 @@ def write_trace(
     """
     check_words(name, append=append, force=force)
     given = _Given(meta, requests, notes, sources)
-    return _store_trace(Path(store), name, lambda _: given, append=append, force=force)
+    return _store_trace(on_disk(store), name, lambda _: given, append=append, force=force)
 
 
 def check_words(name: str | None, *, append: bool, force: bool, resume: bool = False) -> None:
@@ -340,7 +328,7 @@ def check_name(store: str | Path, name: str, *, append: bool = False, force: boo
         As `check_words`.
     """
     check_words(name, append=append, force=force)
-    root = Path(store)
+    root = on_disk(store)
     _refuse_other(root)
     traces = read_manifest(root) if (root / MANIFEST).exists() else []
     _existing(traces, root, name, append=append, force=force)
@@ -373,10 +361,11 @@ def _store_trace(
     phase: Phase | None = None,
     progress: Progress | None = None,
 ) -> TraceInfo:
-    """Write one trace as a segment and commit it; the store is as it was before if anything fails.
+    """Write one trace as a segment, or a few, and commit it; the store is as it was before if anything fails.
 
-    An ingest that can be resumed writes and commits several segments. What is added to is checked again, from its rows:
-    copies, shares and statistics are those of all requests.
+    An ingest of many files writes a segment of each share of them and commits all at once; one that can be resumed
+    commits one segment after the other. What is added to is checked again, from its rows: copies and statistics are
+    those of all requests.
     """
     with writable_store(root) as traces:
         existing = _existing(traces, root, name, append=append, force=force or resume)
@@ -386,40 +375,144 @@ def _store_trace(
             if source.empty:
                 return _unchanged(root, traces, base, source.left_out)
             _check_same_shape(base, source.meta)
-        before = checkers(Store(root), base) if base else []
-        said = [f for f in base.findings if f.finding in OF_INGEST] if base else []
-        known = _request_ids(root, base) if base else set[str]()
-        checker = Checker(source.meta, released_top_k(source.meta), released_experts(source.meta), phase)
-        trace, tokens = base, 0
-        # A trace that is made as it is written stays in this thread: models keep state there.
-        records = source.records() if isinstance(source, _Given) else ahead(source.records(), SMALL)
-        record = next(records, None)
-        while record is not None:
-            writer = _SegmentWriter(root, source.meta, trace.requests if trace else 0, known)
-            with writer, ThreadPoolExecutor(1, thread_name_prefix="tracekit-check") as pool:
-                while record is not None and not (resume and writer.full and not isinstance(record, SourceFile)):
-                    if isinstance(record, SourceFile):
-                        writer.end_file(record)
-                    else:
-                        writer.add(record)
-                        checker.add(record)
-                    if progress:
-                        progress(source.done_bytes, source.total_bytes, tokens + writer.tokens)
-                    record = next(records, None)
-                notes = tuple(dict.fromkeys([*(base.notes if base else ()), *source.notes]))
-                if record is None:  # the check of all, while the last part is written
-                    found = pool.submit(findings_of_parts, [*before, checker], notes)
-                segment = writer.finish()
-                findings = ordered([*said, *(found.result() if record is None else [UNCHECKED])])
-            tokens += writer.tokens
-            trace = trace or TraceInfo(name, source.meta, _now(), ())
-            meta = replace(trace.meta, drafts_included=trace.meta.drafts_included or segment.has_steps)
-            segments = (*trace.segments, segment)
-            trace = replace(trace, meta=meta, segments=segments, notes=notes, findings=tuple(findings))
+        before = _Before.of(root, base)
+        shares = [] if resume else source.shares(SHARE_BYTES)
+        if shares:
+            trace = _add_shares(root, name, before, source, shares, phase, progress)
             write_manifest(root, with_trace(traces, trace))
-        if trace is None or trace is base:
-            raise SourceError("no requests found in the source")
+        else:
+            for trace in _add_segments(root, name, before, source, resume=resume, phase=phase, progress=progress):
+                write_manifest(root, with_trace(traces, trace))
     return replace(trace, notes=(*trace.notes, *source.left_out))
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What an ingest adds to."""
+
+    trace: TraceInfo | None
+    checkers: Sequence[Checker] = ()
+    said: Sequence[Finding] = ()
+    """What was found at earlier ingests and cannot be found again."""
+    ids: set[str] = field(default_factory=set)
+    """Ids of its requests."""
+
+    @classmethod
+    def of(cls, root: Path, trace: TraceInfo | None) -> _Before:
+        if trace is None:
+            return cls(None)
+        said = [finding for finding in trace.findings if finding.finding in OF_INGEST]
+        return cls(trace, checkers(Store(root), trace), said, _request_ids(root, trace))
+
+    @property
+    def requests(self) -> int:
+        return self.trace.requests if self.trace else 0
+
+    def notes(self, *more: str) -> tuple[str, ...]:
+        """Return what is noted, with more behind it."""
+        return tuple(dict.fromkeys([*(self.trace.notes if self.trace else ()), *more]))
+
+    def check(self, parts: Sequence[Checker], notes: Sequence[str]) -> list[Finding]:
+        """Return what is wrong with all of the trace."""
+        return findings_of_parts([*self.checkers, *parts], notes)
+
+
+def _add_segments(
+    root: Path,
+    name: str,
+    before: _Before,
+    source: Stream | _Given,
+    *,
+    resume: bool,
+    phase: Phase | None,
+    progress: Progress | None,
+) -> Iterator[TraceInfo]:
+    """Write the segment of a source, or some where it can be resumed; yield the trace with each, to be committed."""
+    checker = Checker(source.meta, released_top_k(source.meta), released_experts(source.meta), phase)
+    trace, tokens, known = before.trace, 0, before.ids
+    # A trace that is made as it is written stays in this thread: models keep state there.
+    records = source.records() if isinstance(source, _Given) else ahead(source.records(), SMALL)
+    record = next(records, None)
+    while record is not None:
+        writer = SegmentWriter(root, source.meta, number(trace.requests if trace else 0), known)
+        with writer, ThreadPoolExecutor(1, thread_name_prefix="tracekit-check") as pool:
+            while record is not None and not (resume and writer.full and not isinstance(record, SourceFile)):
+                if isinstance(record, SourceFile):
+                    writer.end_file(record)
+                else:
+                    writer.add(record)
+                    checker.add(record)
+                if progress:
+                    progress(source.done_bytes, source.total_bytes, tokens + writer.tokens)
+                record = next(records, None)
+            notes = before.notes(*source.notes)
+            if record is None:  # the check of all, while the last part is written
+                found = pool.submit(before.check, [checker], notes)
+            segment = writer.finish()
+            findings = ordered([*before.said, *(found.result() if record is None else [UNCHECKED])])
+        tokens += writer.tokens
+        known |= writer.ids.keys()
+        trace = _added(trace or TraceInfo(name, source.meta, _now(), ()), [segment], notes, findings)
+        yield trace
+    if trace is before.trace:
+        raise SourceError("no requests found in the source")
+
+
+def _add_shares(
+    root: Path,
+    name: str,
+    before: _Before,
+    source: Stream | _Given,
+    shares: Sequence[Share],
+    phase: Phase | None,
+    progress: Progress | None,
+) -> TraceInfo:
+    """Write a segment of each share of a source; return the trace with them, to be committed."""
+    left_out = source.total_bytes - sum(share.size for share in shares)
+
+    def report(read: int, tokens: int) -> None:
+        if progress:
+            progress(left_out + read, source.total_bytes, tokens)
+
+    tasks = [Task(root, share, phase) for share in shares]
+    segments, parts, notes = list[Segment](), list[Checker](), [*source.notes]
+    ids: dict[str, str] = {}
+    idle: tuple[SourceFile, ...] = ()
+    """Files of shares without any request: they are kept with those of another share."""
+    with contextlib.closing(write_shares(tasks, before.requests, report)) as written:
+        for done in written:
+            for request_id, where in done.ids.items():
+                if request_id in before.ids:
+                    raise in_trace(request_id, where)
+                if request_id in ids:
+                    raise same_id(request_id, where, ids[request_id])
+            ids.update(done.ids)
+            notes += done.notes
+            parts.append(done.checker)
+            idle += done.sources
+            if done.segment:
+                segments.append(replace(done.segment, sources=idle))
+                idle = ()
+    if not segments:
+        raise SourceError("no requests found in the source")
+    segments[-1] = replace(segments[-1], sources=(*segments[-1].sources, *idle))
+    noted = before.notes(*notes)
+    findings = ordered([*before.said, *before.check(merged(parts), noted)])
+    return _added(before.trace or TraceInfo(name, source.meta, _now(), ()), segments, noted, findings)
+
+
+def _added(
+    trace: TraceInfo, segments: Sequence[Segment], notes: tuple[str, ...], findings: Sequence[Finding]
+) -> TraceInfo:
+    """Return a trace with more segments, and what is known about all of it."""
+    drafts = trace.meta.drafts_included or any(segment.has_steps for segment in segments)
+    return replace(
+        trace,
+        meta=replace(trace.meta, drafts_included=drafts),
+        segments=(*trace.segments, *segments),
+        notes=notes,
+        findings=tuple(findings),
+    )
 
 
 def _unchanged(root: Path, traces: list[TraceInfo], trace: TraceInfo, notes: Sequence[str]) -> TraceInfo:
@@ -507,367 +600,8 @@ def _check_same_shape(trace: TraceInfo, meta: TraceMeta) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """What the rows of one request, for some layers, have besides ids: they stand layer by layer."""
-
-    request: int
-    positions: NDArray[np.int64]
-    decode_start: int | None
-    layers: NDArray[np.uint16]
-
-    @property
-    def rows(self) -> int:
-        return len(self.layers) * len(self.positions)
-
-    def runs(self, part: int, row: int) -> NDArray[np.int64]:
-        """Return the runs of consecutive positions, ``[runs, 6]`` as in ``_runs_schema``, from a first row on."""
-        n, layers = len(self.positions), len(self.layers)
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.positions) != 1) + 1]) if n else np.zeros(0, np.int64)
-        runs = np.empty((layers, len(starts), 6), np.int64)
-        runs[..., 0], runs[..., 2] = part, self.request
-        runs[..., 1] = row + np.arange(layers)[:, None] * n + starts
-        runs[..., 3] = self.layers[:, None]
-        runs[..., 4], runs[..., 5] = self.positions[starts], np.diff(np.append(starts, n))
-        return runs.reshape(-1, 6)
-
-
-class _Buffers:
-    """Memory for the columns of a part. It is used again, for touching fresh memory costs as much as encoding it."""
-
-    def __init__(self, meta: TraceMeta, rows: int) -> None:
-        self.ids = np.empty((meta.top_k, rows), id_dtype(meta.num_experts))
-        self.request, self.pos = np.empty(rows, np.uint32), np.empty(rows, np.uint32)
-        self.layer, self.decode = np.empty(rows, np.uint16), np.empty(rows, np.bool_)
-
-    @property
-    def rows(self) -> int:
-        return len(self.pos)
-
-
-_Written = tuple[str, tuple[str, str]]
-
-
-class _Part:
-    """The rows of a part file, in the layout of the file: one contiguous column per rank."""
-
-    def __init__(self, buffers: _Buffers) -> None:
-        self.buffers = buffers
-        self.ids = buffers.ids
-        """``[k, >= rows]``."""
-        self.weights: NDArray[np.float32] | None = None
-        self.blocks: list[_Block] = []
-        self.rows = 0
-
-    def add(self, block: _Block, request: Request, low: int) -> None:
-        """Copy the request's layers from ``low`` on, as many as the block has."""
-        rows, high = slice(self.rows, self.rows + block.rows), low + len(block.layers)
-        _fill(self.ids[:, rows], request.ids[:, low:high])
-        if request.weights is not None:
-            if self.weights is None:
-                self.weights = np.full(self.ids.shape, np.nan, np.float32)
-            _fill(self.weights[:, rows], request.weights[:, low:high])
-        self.blocks.append(block)
-        self.rows += block.rows
-
-    def write(self, path: Path) -> _Written:
-        """Write the file and return the digest of its ids and weights, and the checksums of each."""
-        import polars as pl
-
-        columns: dict[str, Any] = {
-            name: getattr(self.buffers, name)[: self.rows] for name in ("request", "layer", "pos", "decode")
-        }
-        row = 0
-        for block in self.blocks:
-            request, layer, pos, decode = (
-                column[row : row + block.rows].reshape(len(block.layers), len(block.positions))
-                for column in columns.values()
-            )
-            request[:], layer[:], pos[:] = block.request, block.layers[:, None], block.positions
-            decode[:] = block.decode_start is not None and block.positions >= block.decode_start
-            row += block.rows
-        known = [block.decode_start is not None for block in self.blocks]
-        if not all(known):
-            there = pl.Series(np.repeat(known, [block.rows for block in self.blocks]))
-            columns["decode"] = pl.select(pl.when(there).then(pl.Series(columns["decode"]))).to_series()
-        routing = {
-            f"{letter}{rank}": column
-            for letter, values in (("e", self.ids), ("w", self.weights))
-            for rank, column in enumerate(() if values is None else values[:, : self.rows])
-        }
-        write_parquet(pl.DataFrame(columns | routing), path)
-        sums = tuple(checksum(c for name, c in routing.items() if name[0] == letter) for letter in "ew")
-        digest = hashlib.sha256()
-        for column in routing.values():
-            digest.update(column.data)
-        return digest.hexdigest(), (sums[0], sums[1])
-
-
-def _fill(out: NDArray[Any], values: NDArray[Any]) -> None:
-    """Copy ``values[tokens, layers, k]`` to ``out[k, layers * tokens]``.
-
-    In pieces of tokens that fit the cache, and one pass over the source, so that a memory map is read once.
-    """
-    tokens, layers, top_k = values.shape
-    out = out.reshape(top_k, layers, tokens)
-    for t in range(0, tokens, _TRANSPOSE_TOKENS):
-        out[:, :, t : t + _TRANSPOSE_TOKENS] = values[t : t + _TRANSPOSE_TOKENS].transpose(2, 1, 0)
-
-
-@dataclass
-class _SegmentWriter:
-    """Collect requests into parts of about ``PART_ROWS`` rows and write them in the background."""
-
-    root: Path
-    meta: TraceMeta
-    first: int
-    """Number of the first request."""
-    known: set[str]
-    """Ids of the trace's requests so far; those of new ones are added."""
-    tokens: int = 0
-    _part: _Part | None = None
-    _spare: list[_Buffers] = field(default_factory=list)
-    """Those of parts that are written, to be used again."""
-    _parts: list[int] = field(default_factory=list)
-    _pending: list[Future[_Written]] = field(default_factory=list)
-    _written: list[_Written] = field(default_factory=list)
-    _request_rows: list[dict[str, Any]] = field(default_factory=list)
-    _runs: list[NDArray[np.int64]] = field(default_factory=list)
-    _token_ids: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
-    _sources: list[SourceFile] = field(default_factory=list)
-    _at_end: bool = False
-    """Whether the last thing that was taken is the end of a file."""
-    _has_weights: bool = False
-    _predicted: int = 0
-    """m of the predictions so far; 0: none."""
-
-    def __post_init__(self) -> None:
-        self.id = uuid.uuid4().hex
-        self.directory = self.root / SEGMENTS / self.id
-        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="tracekit-write")
-        self._steps, self._counts = Spool(self.directory / STEPS), Spool(self.directory / COUNTS)
-        self._predictions = Spool(self.directory / PREDICTED)
-
-    def __enter__(self) -> _SegmentWriter:
-        self.directory.mkdir(parents=True)
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-
-    def add(self, request: Request | Histogram) -> None:
-        """Take one request, or one record of counts; its arrays are copied."""
-        self._at_end = False
-        index = self.first + len(self._request_rows)
-        if isinstance(request, Histogram):
-            self._add_counts(index, request)
-            return
-        tokens, layers, _ = request.ids.shape
-        request_id = self._claim(request)
-        positions = (
-            request.first_pos + np.arange(tokens, dtype=np.int64) if request.positions is None else request.positions
-        )
-        if tokens and (int(positions[0]) < 0 or int(positions[-1]) >= 1 << 32):
-            found = f"positions {positions[0]} to {positions[-1]}"
-            raise SourceError(found, where=request.where, expected="0 to 2^32 - 1")
-        if self._part and self._part.rows + tokens * layers > PART_ROWS:
-            self._flush()
-        layers_a_part = max(1, PART_ROWS // max(1, tokens))
-        for low in range(0, layers, layers_a_part):
-            if low:
-                self._flush()
-            numbers = np.array(self.meta.layers[low : low + layers_a_part], np.uint16)
-            if self._part is None:
-                self._part = _Part(self._buffers(max(PART_ROWS, tokens)))
-            self._part.add(_Block(index, positions, request.decode_start, numbers), request, low)
-        self._has_weights |= request.weights is not None
-        self._request_rows.append(
-            {
-                "request": index,
-                "request_id": request_id,
-                **_label_columns(request),
-                "prompt_len": request.prompt_len,
-                "decode_start": request.decode_start,
-                "first_pos": int(positions[0]) if tokens else request.first_pos,
-                "n_tokens": tokens,
-                "n_decode": None if request.decode_start is None else int((positions >= request.decode_start).sum()),
-            }
-        )
-        self.tokens += tokens
-        if request.token_ids is not None:
-            self._token_ids.append((index, positions, np.asarray(request.token_ids, np.int64)))
-        if request.steps is not None:
-            for columns in step_columns(index, request.steps, self.meta.layers, self.meta.num_experts):
-                self._steps.add(columns)
-        for predictions in request.predictions:
-            self._add_predictions(index, predictions, positions, request.where)
-
-    def _add_predictions(self, index: int, predictions: Predictions, positions: NDArray[np.int64], where: str) -> None:
-        m = predictions.ids.shape[2]
-        if self._predicted not in (0, m):
-            raise SourceError(
-                f"predictor {predictions.predictor!r} names {m} experts",
-                where=where or None,
-                expected=f"{self._predicted}, as the predictions before it",
-                remedy="Save as many for every predictor and distance",
-            )
-        for columns in prediction_columns(index, predictions, positions, self.meta.layers, self.meta.num_experts):
-            self._predicted = m
-            self._predictions.add(columns)
-
-    def _add_counts(self, index: int, histogram: Histogram) -> None:
-        request_id, tokens = self._claim(histogram), tokens_of(histogram.counts, self.meta.top_k)
-        self._counts.add(count_columns(index, histogram, self.meta.layers))
-        known = {"request": index, "request_id": request_id, **_label_columns(histogram), "n_tokens": tokens}
-        self._request_rows.append(dict.fromkeys(_requests_schema()) | known)
-        self.tokens += tokens or 0
-
-    def end_file(self, file: SourceFile) -> None:
-        """Note that all requests of a file were taken."""
-        self._sources.append(file)
-        self._at_end = True
-
-    @property
-    def full(self) -> bool:
-        """Whether this is enough for a segment: whole files with ``GROUP_ROWS`` rows."""
-        return self._at_end and sum(self._parts) + (self._part.rows if self._part else 0) >= GROUP_ROWS
-
-    def finish(self) -> Segment:
-        """Write what is left and make the segment durable; the caller commits it."""
-        import polars as pl
-
-        if not self._request_rows:
-            raise SourceError("no requests found in the source")
-        self._flush()
-        written = self._written + [future.result() for future in self._pending]
-        schema = _requests_schema() | ({"n_tokens": pl.UInt64} if self._counts.rows else {})
-        requests = pl.DataFrame(self._request_rows, schema=schema)
-        write_parquet(requests, self.directory / "requests.parquet")
-        runs = np.concatenate(self._runs) if self._runs else np.zeros((0, 6), np.int64)
-        schema = _runs_schema()
-        frame = pl.DataFrame({column: runs[:, i] for i, column in enumerate(schema)}, schema=schema)
-        write_parquet(frame, self.directory / "runs.parquet")
-        if self._token_ids:
-            numbers, positions, ids = zip(*self._token_ids, strict=True)
-            columns = {
-                "request": np.repeat(np.array(numbers), [len(i) for i in ids]),
-                "pos": np.concatenate(positions),
-                "token_id": np.concatenate(ids),
-            }
-            frame = pl.DataFrame(columns, schema={"request": pl.UInt32, "pos": pl.UInt32, "token_id": pl.Int64})
-            write_parquet(frame, self.directory / "tokens.parquet")
-        digests = [part for part, _ in written]
-        digests += [spool.finish() for spool in (self._steps, self._counts, self._predictions) if spool.rows]
-        sync_segment(self.directory)
-        digest = hashlib.sha256()
-        for part in digests:
-            digest.update(part.encode())
-        for row in self._request_rows:
-            digest.update(json.dumps([row[k] for k in ("request_id", "label", "decode_start")]).encode())
-        digest.update(np.ascontiguousarray(runs).tobytes())
-        return Segment(
-            id=self.id,
-            content=digest.hexdigest()[:32],
-            requests=len(self._request_rows),
-            tokens=self.tokens,
-            rows=sum(self._parts),
-            parts=tuple(self._parts),
-            sums=tuple(sums for _, sums in written),
-            decode_tokens=sum(row["n_decode"] or 0 for row in self._request_rows),
-            prefill_tokens=sum(r["n_tokens"] - r["n_decode"] for r in self._request_rows if r["n_decode"] is not None),
-            has_weights=self._has_weights,
-            has_token_ids=bool(self._token_ids),
-            has_steps=bool(self._steps.rows),
-            predicted=self._predicted,
-            sources=tuple(self._sources),
-        )
-
-    def _claim(self, request: Request | Histogram) -> str:
-        request_id = request.request_id
-        if request_id in self.known:
-            raise SourceError(
-                f"request {request_id!r} is in the trace already",
-                where=request.where,
-                remedy="Rename it, or replace the trace with --force",
-            )
-        self.known.add(request_id)
-        return request_id
-
-    def _buffers(self, rows: int) -> _Buffers:
-        """Return buffers for the columns of a part of that many rows."""
-        with contextlib.suppress(IndexError):  # writers put buffers back at any time
-            buffers = self._spare.pop()
-            if buffers.rows >= rows:
-                return buffers
-        return _Buffers(self.meta, rows)
-
-    def _flush(self) -> None:
-        """Hand the part to a writer; wait if both are busy, so that memory stays bounded."""
-        part, self._part = self._part, None
-        if part is None:
-            return
-        row, number = 0, len(self._parts)
-        for block in part.blocks:
-            self._runs.append(block.runs(number, row))
-            row += block.rows
-        if len(self._pending) >= _WRITERS:
-            self._written.append(self._pending.pop(0).result())
-        self._pending.append(self._pool.submit(self._write, part, self.directory / part_name(number)))
-        self._parts.append(part.rows)
-
-    def _write(self, part: _Part, path: Path) -> _Written:
-        written = part.write(path)
-        self._spare.append(part.buffers)
-        return written
-
-
-def write_parquet(frame: pl.DataFrame, path: Path) -> None:
-    """Write a frame as one row group; a disk that is full is an OSError, whatever Polars calls it."""
-    import polars as pl
-
-    try:
-        # Ids hardly compress: a higher level and statistics on every rank cost 1.7 times the time and save nothing.
-        frame.write_parquet(path, compression_level=1, statistics=False, row_group_size=max(1, frame.height))
-    except pl.exceptions.PolarsError as error:
-        raise OSError(f"{path.name}: {error}") from error
-
-
-def _label_columns(request: Request | Histogram) -> dict[str, str | None]:
-    labels = json.dumps(dict(request.labels), ensure_ascii=False) if request.labels else None
-    return {"label": request.label, "labels": labels}
-
-
 def _request_ids(root: Path, trace: TraceInfo) -> set[str]:
     import polars as pl
 
     paths = [root / SEGMENTS / s.id / "requests.parquet" for s in trace.segments]
     return {str(i) for p in paths for i in pl.read_parquet(p, columns=["request_id"], glob=False)["request_id"]}
-
-
-def _requests_schema() -> dict[str, Any]:
-    import polars as pl
-
-    return {
-        "request": pl.UInt32,
-        "request_id": pl.String,
-        "label": pl.String,
-        "labels": pl.String,
-        "prompt_len": pl.UInt32,
-        "decode_start": pl.UInt32,
-        "first_pos": pl.UInt32,
-        "n_tokens": pl.UInt32,
-        "n_decode": pl.UInt32,
-    }
-
-
-def _runs_schema() -> dict[str, Any]:
-    import polars as pl
-
-    return {
-        "part": pl.UInt32,
-        "row": pl.UInt32,
-        "request": pl.UInt32,
-        "layer": pl.UInt16,
-        "pos": pl.UInt32,
-        "n": pl.UInt32,
-    }
