@@ -102,9 +102,9 @@ def seconds(function: Callable[[], object]) -> float:
 # --- the rivals --------------------------------------------------------------------------------
 
 
-def sliced(options: argparse.Namespace, block: list[np.ndarray], requests: int, tokens: int) -> Path:
-    """Ingest so many requests, cut to so many tokens; return the store."""
-    folder: Path = options.build / f"scale-slice-{requests}x{tokens}"
+def sliced(options: argparse.Namespace, name: str, block: list[np.ndarray], requests: int, tokens: int) -> Path:
+    """Ingest so many requests, cut to so many tokens, into a store of that name; return it."""
+    folder: Path = options.build / f"scale-slice-{name}"
     write([ids[:tokens] for ids in block], requests, folder)
     store = folder.with_name(f"{folder.name}-store")
     run.ingest(folder, store, EXPERTS)
@@ -116,7 +116,8 @@ def rival_tasks(options: argparse.Namespace, block: list[np.ndarray]) -> Tasks:
     """Return the library's pass, reading alone and what people write instead, whose answers have been compared."""
     import duckdb
 
-    few, many = (sliced(options, block, requests, options.tokens) for requests in (FEW, SLICE))
+    few = sliced(options, "few", block, FEW, options.tokens)
+    many = sliced(options, "many", block, SLICE, options.tokens)
     parts, con, variant = run.parts_of(many), duckdb.connect(), next(iter(rivals.SQL_VARIANTS))
     arguments = EXPERTS, TOP_K, run.MAX_WINDOW, run.MAX_LAG
     long, short = SLICE * ids_of(options), FEW * ids_of(options)
@@ -152,7 +153,7 @@ def peer_tasks(options: argparse.Namespace, block: list[np.ndarray]) -> Tasks:
             run.progress(f"left out, as {options.peers} has no {peer.repository}: {peer.title}")
             continue
         requests, tokens = peer.slice[0], min(peer.slice[1], options.tokens)
-        store = sliced(options, block, requests, tokens)
+        store = sliced(options, f"peer-{number}", block, requests, tokens)
         folder = options.build / f"scale-peer-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

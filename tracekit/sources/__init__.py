@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -276,7 +277,9 @@ def open_source(
     base = bases[0] if len(set(bases)) == 1 else Path(os.path.commonpath([path.absolute() for path in bases]))
     for path in given:
         if not path.exists():
-            raise SourceError("does not exist", where=str(path))
+            url = re.match(r"[a-z][a-z0-9+.-]+:/", str(path))  # a path has lost the second slash
+            remedy = "It looks like a URL: copy the files to a disk first" if url else None
+            raise SourceError("does not exist", where=str(path), remedy=remedy)
         if is_endless(path):
             raise SourceError(
                 "is a device or a pipe",

@@ -63,7 +63,7 @@ class Canonical:
         _check_array(raw, where)
         _merge(raw, entry, request_id)
         if 0 in raw.ids.shape:
-            self._note(f"requests without any row were left out (request {request_id!r} is the first)")
+            self._note("requests without any row were left out", f" (request {request_id!r} is the first)")
             return None
         order = self._axes(raw, where)
         ids = np.transpose(raw.ids, order)
@@ -100,7 +100,7 @@ class Canonical:
         request_id, entry, where = self._named(raw, default_id)
         counts = checked_counts(raw, where)
         if not counts.any():
-            self._note(f"records without any count were left out (record {request_id!r} is the first)")
+            self._note("records without any count were left out", f" (record {request_id!r} is the first)")
             return None
         meta, plan = self._consistent_counts(raw, counts, where)
         exact = not is_rounded(raw.counts)
@@ -135,9 +135,10 @@ class Canonical:
             self._note(note)
         return request_id, entry, where
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
+    def _note(self, text: str, first: str = "") -> None:
+        """Note something once, with where it was seen first."""
+        if not any(note.startswith(text) for note in self.notes):
+            self.notes.append(text + first)
 
     def _axes(self, raw: RawRequest, where: str) -> Order:
         options = self._options

@@ -313,6 +313,8 @@ class Store:
                 if not rows.fits(trace.meta, trace.requests):
                     raise unreadable(path, "its ids, requests or layers are outside what the manifest says")
                 yield rows
+        except StoreError:  # which is a ValueError too
+            raise
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise unreadable(path, error) from None
 
