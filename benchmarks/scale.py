@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py                    # 10 M, 40 M, 160 M and 640 M ids
     python benchmarks/scale.py --sizes 1e6,2e6,4e6   # a quick look
-    python benchmarks/scale.py --largest 5e9      # 2.5 G and 5 G ids as well: 12 GB of disk, an hour
+    python benchmarks/scale.py --largest 5e9      # 2.5 G and 5 G ids as well: 12 GB of disk, half an hour
     python benchmarks/scale.py --peers DIR        # with peers' scripts, from DIR/BigMoeOnEdge and DIR/moe-lrc
 
 A generated block of requests is written again and again with the experts renumbered, so that no two requests are the
