@@ -18,6 +18,7 @@ from tracekit.reports.design_charts import design
 from tracekit.reports.drawing import (
     LINES,
     Line,
+    Point,
     Row,
     at_length,
     finite,
@@ -27,6 +28,7 @@ from tracekit.reports.drawing import (
     line_chart,
     only,
     panels_of,
+    point,
     require,
     rounded,
     waterfall,
@@ -107,10 +109,10 @@ def windows(frame: pl.DataFrame, *, batch_size: int = 1) -> Chart:
     about, panels = panels_of(frame, "window")
     data = []
     for title, rows in panels:
-        lines = {
+        lines: dict[str, list[Point]] = {
             name: [(r["window"], r[f"expected_{name}"], None, None, r) for r in rows] for name in _baselines(frame)
         }
-        lines["observed"] = [(r["window"], r["observed"], r["observed_lo"], r["observed_hi"], r) for r in rows]
+        lines["observed"] = [point(r, r["window"], "observed") for r in rows]
         data += ladder(title, lines, lambda y, r: {"per_top_k": y / k if (k := _top_k(r)) else None})
     what = f"Unique experts in {batch_size} windows" if batch_size > 1 else "Unique experts in a verification window"
     return line_chart(
@@ -143,10 +145,7 @@ def batch(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
     about, panels = panels_of(frame, "batch_size")
     data = []
     for title, rows in panels:
-        lines = {
-            name: [(r["batch_size"], *(r[f"reduction_{name}{end}"] for end in ("", "_lo", "_hi")), r) for r in rows]
-            for name in _baselines(frame)
-        }
+        lines = {name: [point(r, r["batch_size"], f"reduction_{name}") for r in rows] for name in _baselines(frame)}
         data += ladder(title, lines, lambda _, r: {"observed": r["observed"]}, prefix="vs ")
     return line_chart(
         data,
@@ -239,8 +238,10 @@ def autocorr(frame: pl.DataFrame) -> Chart:
     about, panels = panels_of(frame)
     data = []
     for title, rows in panels:
-        lines = {name: [(r["lag"], r[f"expected_{name}"], None, None, r) for r in rows] for name in _baselines(frame)}
-        lines["observed"] = [(r["lag"], r["overlap"], r["overlap_lo"], r["overlap_hi"], r) for r in rows]
+        lines: dict[str, list[Point]] = {
+            name: [(r["lag"], r[f"expected_{name}"], None, None, r) for r in rows] for name in _baselines(frame)
+        }
+        lines["observed"] = [point(r, r["lag"], "overlap") for r in rows]
         data += ladder(title, lines, lambda _, r: {"rho": r["rho"]})
     return line_chart(
         data,

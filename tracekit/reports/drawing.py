@@ -133,9 +133,18 @@ def finite(value: float | None) -> float | None:
 # Lines
 
 
+Point = tuple[int, float | None, float | None, float | None, Row]
+"""x, y, the ends of its interval, and the row that it is from."""
+
+
+def point(row: Row, x: int, y: str) -> Point:
+    """Return the point of a row at x: the column ``y`` and the ends of its interval, where the row has them."""
+    return x, row[y], row.get(f"{y}_lo"), row.get(f"{y}_hi"), row
+
+
 def ladder(
     panel: str,
-    lines: Mapping[str, Iterable[tuple[int, float | None, float | None, float | None, Row]]],
+    lines: Mapping[str, Iterable[Point]],
     more: Callable[[float, Row], Row],
     prefix: str = "",
     styles: Mapping[str, Line] = LINES,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tracekit.errors import UnsupportedError
 from tracekit.metrics.locality import SEGMENT
-from tracekit.reports.drawing import INK, Line, ladder, line_chart, only, panels_of, require
+from tracekit.reports.drawing import INK, Line, ladder, line_chart, only, panels_of, point, require
 
 if TYPE_CHECKING:
     import polars as pl
@@ -51,11 +51,7 @@ def cache(frame: pl.DataFrame) -> Chart:
     data = []
     for title, rows in panels:
         lines = {
-            policy: [
-                (round(r["capacity"]), *(r[f"hit_rate{end}"] for end in ("", "_lo", "_hi")), r)
-                for r in rows
-                if r["policy"] == policy
-            ]
+            policy: [point(r, round(r["capacity"]), "hit_rate") for r in rows if r["policy"] == policy]
             for policy in _POLICIES
         }
         data += ladder(title, lines, lambda _, r: {name: r[name] for name in _PARTS}, styles=_POLICIES)
@@ -105,7 +101,7 @@ def reuse(frame: pl.DataFrame) -> Chart:
     about, panels = panels_of(frame)
     data = []
     for title, rows in panels:
-        points = [(r["capacity"], *(r[f"hit_rate{end}"] for end in ("", "_lo", "_hi")), r) for r in rows]
+        points = [point(r, r["capacity"], "hit_rate") for r in rows]
         data += ladder(title, {"LRU": points}, lambda _, r: {"share": r["share"]}, styles=_REUSE)
     return line_chart(
         data,
@@ -152,10 +148,7 @@ def locality(frame: pl.DataFrame, *, segment: int | None = None) -> Chart:
     names = {"SCH": "sch", "fixed set": "fixed_hit_rate"}
     data = []
     for title, rows in panels:
-        lines = {
-            line: [(r["capacity"], *(r[f"{name}{end}"] for end in ("", "_lo", "_hi")), r) for r in rows]
-            for line, name in names.items()
-        }
+        lines = {line: [point(r, r["capacity"], name) for r in rows] for line, name in names.items()}
         data += ladder(title, lines, lambda _, r: {n: r[n] for n in ("cache_ratio", "srp")}, styles=_LOCALITY)
     known = [f"{100 * value:.1f} %" for value in frame["srp"].drop_nulls().unique()]
     srp = [f"a router that keeps experts for whole segments scores {known[0]} (SRP)"] if len(known) == 1 else []
@@ -272,11 +265,7 @@ def prefetch(frame: pl.DataFrame) -> Chart:
     data = []
     for title, rows in panels:
         lines = {
-            shown: [
-                (r["layer"], *(r[f"recall{end}"] for end in ("", "_lo", "_hi")), r)
-                for r in rows
-                if (r["predictor"], r["distance"]) == key
-            ]
+            shown: [point(r, r["layer"], "recall") for r in rows if (r["predictor"], r["distance"]) == key]
             for key, shown in series.items()
         }
         data += ladder(title, lines, lambda _, r: {name: r[name] for name in ("precision", "exact")}, styles=styles)

@@ -24,6 +24,7 @@ from tracekit.reports.drawing import (
     page,
     panelled,
     panels_of,
+    point,
     require,
 )
 
@@ -192,12 +193,7 @@ def budget(frame: pl.DataFrame, *, window: int | None = None) -> Chart:
     about, panels = panels_of(frame)
     data = []
     for title, rows in panels:
-        lines = {
-            line: [
-                (r["budget"], *(r.get(f"{line.replace(' ', '_')}{end}") for end in ("", "_lo", "_hi")), r) for r in rows
-            ]
-            for line in _KEPT
-        }
+        lines = {line: [point(r, r["budget"], line.replace(" ", "_")) for r in rows] for line in _KEPT}
         data += ladder(title, lines, lambda _, r: {"loaded": r["loaded"], "unique": r["unique"]}, styles=_KEPT)
     return line_chart(
         data,
@@ -280,11 +276,7 @@ def _by_batch_size(frame: pl.DataFrame, name: str, title: tuple[str, str], draft
         for style in styles:
             K = lengths[0] if alone else int(style.split()[2].rstrip(","))
             column = name if style == f"K = {K}" else f"{name}_dense" if style == "dense" else f"{name}_uniform"
-            lines[style] = [
-                (r["batch_size"], r[column], *(r.get(f"{column}_{end}") for end in ("lo", "hi")), r)
-                for r in rows
-                if r["drafts"] == K and column in r
-            ]
+            lines[style] = [point(r, r["batch_size"], column) for r in rows if r["drafts"] == K and column in r]
         data += ladder(panel, lines, lambda _, r: {"expert_ratio": r["expert_ratio"]}, styles=styles)
     notes = [about] if alone else [about, "dotted: the uniform formula in place of the trace"]
     if every > most:
