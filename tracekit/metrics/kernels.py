@@ -759,7 +759,7 @@ def scan(
             rank0_repeats[cell, layer, i] += sums.rank0[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
 def expected_unique(counts: Any, tokens: Any, max_window: int) -> Any:
     """Return sum_e 1 - (1 - c_e / n)^T for T = 1 .. max_window.
 

@@ -148,18 +148,19 @@ class Measurement:
         s = self.state
         for r, groups in output_groups(self.meta, self.spec, self.cells, self.state):
             overlap = r.ratio((s.overlap_counts @ shared) / k, s.n_pairs)
-            request = r.ratio(s.request_overlap_sum, s.n_pairs)[:1]
-            counts = r.counts()[:1]
+            plain = r.plain()
+            request = plain.ratio(s.request_overlap_sum, s.n_pairs)
+            counts = plain.counts()
             with np.errstate(invalid="ignore", divide="ignore"):
-                popularity = (np.square(counts / r.tokens(counts)[..., None]).sum(axis=-1) / k)[..., None]
+                popularity = (np.square(counts / plain.tokens(counts)[..., None]).sum(axis=-1) / k)[..., None]
             enough = self.drawable(r.group, self.spec.max_lag + 1)[1:] >= MIN_REQUESTS
-            pairs = r.total(s.n_pairs)[:1]
-            pair_counts = r.total(s.overlap_counts)[:1]
+            pairs = plain.total(s.n_pairs)
+            pair_counts = plain.total(s.overlap_counts)
             with np.errstate(invalid="ignore", divide="ignore"):
                 per_pair = {
                     "jaccard": pair_counts @ (shared / (2 * k - shared)) / pairs,
                     "any_shared": pair_counts.sum(axis=-1) / pairs,
-                    "rank0_repeat": r.total(s.rank0_repeats)[:1] / pairs if self.meta.router_order else pairs * np.nan,
+                    "rank0_repeat": plain.total(s.rank0_repeats) / pairs if self.meta.router_order else pairs * np.nan,
                 }
             for group, layers in groups:
                 mean = layer_mean(overlap, layers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,12 @@ class Replicates:
 
     def __len__(self) -> int:
         return 1 + len(self.left_out)
+
+    def plain(self) -> Self:
+        """Return the same without what is left out: replicate 0 alone."""
+        alone = copy(self)
+        alone.left_out = self.left_out[:0]
+        return alone
 
     def total(self, sums: NDArray[Any]) -> NDArray[Any]:
         """Sum the group's cells of ``[C, …]``: ``[replicates, …]``."""

@@ -10,8 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from tracekit.schema import TraceMeta
 from tracekit.store.location import on_disk
 from tracekit.store.manifest import (
     SEGMENTS,
@@ -22,6 +24,7 @@ from tracekit.store.manifest import (
     with_trace,
     write_manifest,
 )
+from tracekit.store.part import PartRows, write_part
 from tracekit.store.reader import Store, compare_sums, read_file, unreadable
 from tracekit.store.segment import PART_ROWS, write_parquet
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS, join
@@ -89,7 +92,7 @@ def _compacted(root: Path, trace: TraceInfo) -> TraceInfo:
         if len(together) == 1:  # its parts are as large as its requests allow
             segments += together
         else:
-            segments.append(_together(root, together, counts=trace.meta.histogram))
+            segments.append(_together(root, together, trace.meta))
     return trace if len(segments) == len(trace.segments) else replace(trace, segments=tuple(segments))
 
 
@@ -108,7 +111,7 @@ def _columns(path: Path) -> tuple[str, ...]:
         raise unreadable(path, error) from None
 
 
-def _together(root: Path, segments: Sequence[Segment], *, counts: bool) -> Segment:
+def _together(root: Path, segments: Sequence[Segment], meta: TraceMeta) -> Segment:
     """Write one segment with the rows of several, in their order."""
     import polars as pl
 
@@ -118,7 +121,7 @@ def _together(root: Path, segments: Sequence[Segment], *, counts: bool) -> Segme
     folders = [root / SEGMENTS / segment.id for segment in segments]
     requests = [_rows(f / "requests.parquet", s.requests) for f, s in zip(folders, segments, strict=True)]
     write_parquet(pl.concat(requests), target / "requests.parquet")
-    parts = _Parts(target)
+    parts = _Parts(target, meta.num_experts)
     for folder, segment in zip(folders, segments, strict=True):
         parts.add_all(folder, segment)
     parts.finish()
@@ -126,7 +129,7 @@ def _together(root: Path, segments: Sequence[Segment], *, counts: bool) -> Segme
         "tokens.parquet": first.has_token_ids,
         STEPS: first.has_steps,
         PREDICTED: first.has_predictions,
-        COUNTS: counts,
+        COUNTS: meta.histogram,
     }
     for name in (name for name, there in beside.items() if there):
         pieces = [folder / name for folder in folders]
@@ -152,9 +155,11 @@ def _together(root: Path, segments: Sequence[Segment], *, counts: bool) -> Segme
 class _Parts:
     """Part files of the usual size, made of smaller ones: whole parts are put together, and none is cut."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, num_experts: int) -> None:
+        self._directory, self._num_experts = directory, num_experts
         self._frames: list[pl.DataFrame] = []
+        """Of the part that grows, and ``_runs_here`` its runs."""
+        self._runs_here: list[pl.DataFrame] = []
         self._runs: list[pl.DataFrame] = []
         self.written: list[int] = []
         """Rows of each part file."""
@@ -169,6 +174,8 @@ class _Parts:
         if list(by_part) != [(number,) for number in range(len(segment.parts))]:
             raise unreadable(path, f"it does not tell of {len(segment.parts)} parts, one after the other")
         for number, rows in enumerate(segment.parts):
+            if by_part[(number,)]["n"].sum() != rows:
+                raise unreadable(path, f"it does not tell of the {rows} rows of part {number}")
             part = folder / part_name(number)
             frame = _rows(part, rows)
             if segment.sums:
@@ -183,17 +190,22 @@ class _Parts:
             self._flush()
             held = 0
         number = pl.lit(len(self.written), pl.UInt32).alias("part")
-        self._runs.append(runs.with_columns(number, pl.col("row") + pl.lit(held, pl.UInt32)))
+        self._runs_here.append(runs.with_columns(number, pl.col("row") + pl.lit(held, pl.UInt32)))
         self._frames.append(frame)
 
     def _flush(self) -> None:
         import polars as pl
 
-        frame = pl.concat(self._frames).rechunk()
-        write_parquet(frame, self._directory / part_name(len(self.written)))
+        frame, runs = pl.concat(self._frames).rechunk(), pl.concat(self._runs_here)
+        columns = {name: runs[name].to_numpy().astype(np.int64) for name in ("request", "layer", "pos", "n")}
+        ids, weights = _columns_of(frame, "e"), _columns_of(frame, "w")
+        decode, known = frame["decode"].fill_null(False).to_numpy(), frame["decode"].is_not_null().to_numpy()
+        rows = PartRows(columns, decode, known, ids, weights)
+        write_part(self._directory / part_name(len(self.written)), rows, self._num_experts)
         self.written.append(frame.height)
-        self.sums.append((checksum(_columns_of(frame, "e")), checksum(_columns_of(frame, "w"))))
-        self._frames = []
+        self.sums.append((checksum(ids), checksum(weights)))
+        self._runs.append(runs)
+        self._frames, self._runs_here = [], []
 
     def finish(self) -> None:
         """Write what is left, and where the runs are."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tracekit.store import views
 from tracekit.store.ahead import ahead
 from tracekit.store.location import Location, Url, beside, location, reason, scan
 from tracekit.store.manifest import SEGMENTS, TEMPORARY, Segment, TraceInfo, part_name, read_manifest, whole
+from tracekit.store.part import map_ids
 from tracekit.store.spool import COUNTS, STEPS
 from tracekit.store.steps import StepRows, whole_steps
 from tracekit.store.sums import checksum
@@ -205,23 +207,80 @@ class Store:
         self, trace: TraceInfo, progress: Progress | None, *, weights: bool, chosen: range | None = None
     ) -> Iterator[tuple[Columns, tuple[NDArray[np.float32], ...]]]:
         """Yield the rows of each part file, checked, and the k columns of their weights where those are wanted."""
+        k = trace.meta.top_k
+        parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
+        if chosen is not None:
+            parts = parts[chosen.start : chosen.stop : chosen.step]
+        done, total = 0, k * sum(s.parts[i] for s, i in parts)
+        of: Segment | None = None
+        for (segment, part), arrays in zip(parts, self._arrays(trace, parts, weights), strict=True):
+            if progress:
+                progress(done, total)
+            path = self._path(segment, part_name(part))
+            if of is not segment:  # after its first rows, for more are decoded meanwhile
+                of, runs = segment, self._read(segment, "runs.parquet").partition_by("part", as_dict=True)
+            here = runs.get((part,))
+            if here is None:
+                raise unreadable(path, "runs.parquet says nothing of it")
+            read = Columns(
+                arrays[:k], {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
+            )
+            if not read.fits(trace):
+                raise unreadable(path, "its ids or runs are outside what the manifest says")
+            if segment.sums:
+                compare_sums(path, arrays[:k], arrays[k:], segment.sums[part])
+            yield read, arrays[k:]
+            done += k * segment.parts[part]
+        if progress:
+            progress(done, total)
+
+    def _arrays(
+        self, trace: TraceInfo, parts: Sequence[tuple[Segment, int]], weights: bool
+    ) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Yield the k rank columns of each part file, and the k columns of its weights where those are wanted.
+
+        Where they are as :func:`write_part` puts them, ids are mapped; Polars reads all others.
+        """
+        for decoded, together in groupby(parts, lambda part: weights or not self._is_mapped(trace, part[0])):
+            if decoded:
+                yield from self._decoded(trace, list(together), weights)
+                continue
+            for segment, part in together:
+                path = self._path(segment, part_name(part))
+                try:
+                    ids = self._map(trace, segment, part)
+                except OSError as error:
+                    raise unreadable(path, error) from None
+                if ids is None:
+                    raise unreadable(path, f"it does not have the {segment.parts[part]} rows that it should")
+                yield ids
+
+    def _is_mapped(self, trace: TraceInfo, segment: Segment) -> bool:
+        """Return whether the ids of a segment's parts are mapped: as those of its first can be, or not."""
+        with contextlib.suppress(OSError):
+            return self._map(trace, segment, 0) is not None
+        return False
+
+    def _map(
+        self, trace: TraceInfo, segment: Segment, part: int
+    ) -> tuple[NDArray[np.unsignedinteger[Any]], ...] | None:
+        path = self._path(segment, part_name(part))
+        if isinstance(path, Url):
+            return None
+        return map_ids(path, segment.parts[part], trace.meta.num_experts, trace.meta.top_k)
+
+    def _decoded(
+        self, trace: TraceInfo, parts: Sequence[tuple[Segment, int]], weights: bool
+    ) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Yield the columns of part files as Polars reads them."""
         import polars as pl
 
         k = trace.meta.top_k
         columns = [f"{letter}{r}" for letter in ("ew" if weights else "e") for r in range(k)]
         dtypes = [pl.Series(np.empty(0, id_dtype(trace.meta.num_experts))).dtype] * k + [pl.Float32] * k
-        parts = [(s, i) for s in trace.segments for i in range(len(s.parts))]
-        if chosen is not None:
-            parts = parts[chosen.start : chosen.stop : chosen.step]
-        if not parts:  # a trace of counts, perhaps
-            return
         paths = [self._path(s, part_name(i)) for s, i in parts]
         batches = scan(*paths).select(columns).collect_batches(maintain_order=True)
-        done, total = 0, k * sum(s.parts[i] for s, i in parts)
-        of: Segment | None = None
         for number, ((segment, part), path) in enumerate(zip(parts, paths, strict=True)):
-            if progress:
-                progress(done, total)
             expected, frames = segment.parts[part], list[pl.DataFrame]()
             while sum(frame.height for frame in frames) < expected:  # one row group a part, so this is one batch
                 try:
@@ -232,23 +291,7 @@ class Store:
             frame = pl.concat(frames).rechunk()
             if frame.height != expected or frame.dtypes != dtypes[: len(columns)] or any(frame.null_count().row(0)):
                 raise unreadable(path, f"it does not have the {expected} rows of {dtypes[0]} that it should")
-            if of is not segment:  # after its first rows, for more are decoded meanwhile
-                of, runs = segment, self._read(segment, "runs.parquet").partition_by("part", as_dict=True)
-            here = runs.get((part,))
-            if here is None:
-                raise unreadable(path, "runs.parquet says nothing of it")
-            arrays = tuple(frame[column].to_numpy() for column in columns)
-            read = Columns(
-                arrays[:k], {c: here[c].to_numpy().astype(np.int64) for c in ("row", "request", "layer", "pos", "n")}
-            )
-            if not read.fits(trace):
-                raise unreadable(path, "its ids or runs are outside what the manifest says")
-            if segment.sums:
-                compare_sums(path, arrays[:k], arrays[k:], segment.sums[part])
-            yield read, arrays[k:]
-            done += k * expected
-        if progress:
-            progress(done, total)
+            yield tuple(frame[column].to_numpy() for column in columns)
 
     def counts(self, trace: TraceInfo, groups: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens per expert of a trace of counts, summed over groups of its requests.

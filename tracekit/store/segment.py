@@ -19,6 +19,7 @@ from tracekit.errors import SourceError
 from tracekit.schema import Histogram, Predictions, Request, SourceFile, TraceMeta, id_dtype
 from tracekit.sources.histograms import tokens_of
 from tracekit.store.manifest import SEGMENTS, Segment, part_name, sync_segment
+from tracekit.store.part import PartRows, write_part
 from tracekit.store.spool import COUNTS, PREDICTED, STEPS, Spool, count_columns, prediction_columns, step_columns
 from tracekit.store.sums import checksum
 
@@ -62,19 +63,6 @@ class _Block:
         return runs.reshape(-1, 6)
 
 
-class _Buffers:
-    """Memory for the columns of a part. It is used again, for touching fresh memory costs as much as encoding it."""
-
-    def __init__(self, meta: TraceMeta, rows: int) -> None:
-        self.ids = np.empty((meta.top_k, rows), id_dtype(meta.num_experts))
-        self.request, self.pos = np.empty(rows, np.uint32), np.empty(rows, np.uint32)
-        self.layer, self.decode = np.empty(rows, np.uint16), np.empty(rows, np.bool_)
-
-    @property
-    def rows(self) -> int:
-        return len(self.pos)
-
-
 _Written = tuple[str, tuple[str, str]]
 """The digest of a part's ids and weights, and the checksums of each."""
 
@@ -82,13 +70,19 @@ _Written = tuple[str, tuple[str, str]]
 class _Part:
     """The rows of a part file, in the layout of the file: one contiguous column per rank."""
 
-    def __init__(self, buffers: _Buffers) -> None:
-        self.buffers = buffers
-        self.ids = buffers.ids
-        """``[k, >= rows]``."""
+    def __init__(self, number: int, ids: NDArray[np.unsignedinteger[Any]]) -> None:
+        self.number = number
+        self.ids = ids
+        """``[k, >= rows]``: memory that is used again, for touching fresh one costs as much as writing it."""
         self.weights: NDArray[np.float32] | None = None
         self.blocks: list[_Block] = []
         self.rows = 0
+        self._runs: list[NDArray[np.int64]] = []
+
+    @property
+    def runs(self) -> NDArray[np.int64]:
+        """Runs of consecutive positions, ``[runs, 6]`` as in ``_runs_schema``."""
+        return np.concatenate(self._runs)
 
     def add(self, block: _Block, request: Request, low: int) -> None:
         """Copy the request's layers from ``low`` on, as many as the block has."""
@@ -99,10 +93,11 @@ class _Part:
                 self.weights = np.full(self.ids.shape, np.nan, np.float32)
             _fill(self.weights[:, rows], request.weights[:, low:high])
         self.blocks.append(block)
+        self._runs.append(block.runs(self.number, self.rows))
         self.rows += block.rows
 
     def hold(self, path: Path) -> None:
-        """Put ids and weights into a file, so that others can have the buffers."""
+        """Put ids and weights into a file, so that others can have the memory."""
         with path.open("wb") as file:
             for values in (self.ids, self.weights):
                 for column in () if values is None else values[:, : self.rows]:
@@ -110,9 +105,9 @@ class _Part:
         if self.weights is not None:
             self.weights = self.weights[:, :0].copy()
 
-    def take_back(self, path: Path, buffers: _Buffers) -> None:
+    def take_back(self, path: Path, ids: NDArray[np.unsignedinteger[Any]]) -> None:
         """Read what was put into the file, and delete it."""
-        self.buffers, self.ids = buffers, buffers.ids
+        self.ids = ids
         if self.weights is not None:
             self.weights = np.empty(self.ids.shape, np.float32)
         with path.open("rb") as file:
@@ -121,37 +116,26 @@ class _Part:
                     file.readinto(column.data)
         path.unlink()
 
-    def write(self, path: Path, first: int) -> _Written:
+    def write(self, path: Path, first: int, num_experts: int) -> _Written:
         """Write the file, with requests that are counted from a first number on."""
-        import polars as pl
-
-        columns: dict[str, Any] = {
-            name: getattr(self.buffers, name)[: self.rows] for name in ("request", "layer", "pos", "decode")
-        }
+        _, _, request, layer, pos, n = self.runs.T
+        decode, known = np.zeros(self.rows, bool), np.ones(self.rows, bool)
         row = 0
         for block in self.blocks:
-            request, layer, pos, decode = (
-                column[row : row + block.rows].reshape(len(block.layers), len(block.positions))
-                for column in columns.values()
-            )
-            request[:], layer[:], pos[:] = first + block.request, block.layers[:, None], block.positions
-            decode[:] = block.decode_start is not None and block.positions >= block.decode_start
+            here = slice(row, row + block.rows)
+            if block.decode_start is None:
+                known[here] = False
+            else:
+                decode[here].reshape(len(block.layers), -1)[:] = block.positions >= block.decode_start
             row += block.rows
-        known = [block.decode_start is not None for block in self.blocks]
-        if not all(known):
-            there = pl.Series(np.repeat(known, [block.rows for block in self.blocks]))
-            columns["decode"] = pl.select(pl.when(there).then(pl.Series(columns["decode"]))).to_series()
-        routing = {
-            f"{letter}{rank}": column
-            for letter, values in (("e", self.ids), ("w", self.weights))
-            for rank, column in enumerate(() if values is None else values[:, : self.rows])
-        }
-        write_parquet(pl.DataFrame(columns | routing), path)
-        sums = tuple(checksum(c for name, c in routing.items() if name[0] == letter) for letter in "ew")
+        ids = [column[: self.rows] for column in self.ids]
+        weights = [] if self.weights is None else [column[: self.rows] for column in self.weights]
+        runs = {"request": first + request, "layer": layer, "pos": pos, "n": n}
+        write_part(path, PartRows(runs, decode, known, ids, weights), num_experts)
         digest = hashlib.sha256()
-        for column in routing.values():
+        for column in ids + weights:
             digest.update(column.data)
-        return digest.hexdigest(), (sums[0], sums[1])
+        return digest.hexdigest(), (checksum(ids), checksum(weights))
 
 
 def in_trace(request_id: str, where: str) -> SourceError:
@@ -198,8 +182,8 @@ class SegmentWriter:
     """Ids of the requests that were taken, and where they were found."""
     tokens: int = 0
     _part: _Part | None = None
-    _spare: list[_Buffers] = field(default_factory=list)
-    """Those of parts that are written, to be used again."""
+    _spare: list[NDArray[np.unsignedinteger[Any]]] = field(default_factory=list)
+    """Memory of parts that are written, to be used again."""
     _parts: list[int] = field(default_factory=list)
     _pending: list[Future[_Written | _Part]] = field(default_factory=list)
     _written: list[_Written | _Part] = field(default_factory=list)
@@ -251,7 +235,7 @@ class SegmentWriter:
                 self._flush()
             numbers = np.array(self.meta.layers[low : low + layers_a_part], np.uint16)
             if self._part is None:
-                self._part = _Part(self._buffers(max(PART_ROWS, tokens)))
+                self._part = _Part(len(self._parts), self._memory(max(PART_ROWS, tokens)))
             self._part.add(_Block(index, positions, request.decode_start, numbers), request, low)
         self._has_weights |= request.weights is not None
         self._request_rows.append(
@@ -324,7 +308,7 @@ class SegmentWriter:
         self._flush()
         first = self.first.result()
         ended = self._written + [future.result() for future in self._pending]
-        written = list(self._pool.map(self._release, range(len(ended)), ended))
+        written = list(self._pool.map(self._release, ended))
         schema = _requests_schema() | ({"n_tokens": pl.UInt64} if self._counts.rows else {})
         requests = pl.DataFrame(self._request_rows, schema=schema)
         requests = requests.with_columns(pl.col("request") + pl.lit(first, pl.UInt32))
@@ -376,44 +360,42 @@ class SegmentWriter:
         self.ids[request_id] = request.where
         return request_id
 
-    def _buffers(self, rows: int) -> _Buffers:
-        """Return buffers for the columns of a part of that many rows."""
-        with contextlib.suppress(IndexError):  # writers put buffers back at any time
-            buffers = self._spare.pop()
-            if buffers.rows >= rows:
-                return buffers
-        return _Buffers(self.meta, rows)
+    def _memory(self, rows: int) -> NDArray[np.unsignedinteger[Any]]:
+        """Return room for the ids of a part of that many rows."""
+        with contextlib.suppress(IndexError):  # writers put it back at any time
+            ids = self._spare.pop()
+            if ids.shape[1] >= rows:
+                return ids
+        return np.empty((self.meta.top_k, rows), id_dtype(self.meta.num_experts))
 
     def _flush(self) -> None:
         """Hand the part to a writer; wait if both are busy, so that memory stays bounded."""
         part, self._part = self._part, None
         if part is None:
             return
-        row, number = 0, len(self._parts)
-        for block in part.blocks:
-            self._runs.append(block.runs(number, row))
-            row += block.rows
+        self._runs.append(part.runs)
         if len(self._pending) >= _WRITERS:
             self._written.append(self._pending.pop(0).result())
-        self._pending.append(self._pool.submit(self._write, number, part))
+        self._pending.append(self._pool.submit(self._write, part))
         self._parts.append(part.rows)
 
-    def _write(self, number: int, part: _Part) -> _Written | _Part:
+    def _write(self, part: _Part) -> _Written | _Part:
         """Write a part, or put it aside where the numbers of its requests are not known yet."""
-        path = self.directory / part_name(number)
+        path = self.directory / part_name(part.number)
         ended: _Written | _Part = part
         if self.first.done():
-            ended = part.write(path, self.first.result())
+            ended = part.write(path, self.first.result(), self.meta.num_experts)
         else:
             part.hold(path.with_suffix(_HELD))
-        self._spare.append(part.buffers)
+        self._spare.append(part.ids)
         return ended
 
-    def _release(self, number: int, ended: _Written | _Part) -> _Written:
+    def _release(self, ended: _Written | _Part) -> _Written:
         """Write a part that was put aside."""
         if isinstance(ended, _Part):
-            ended.take_back((self.directory / part_name(number)).with_suffix(_HELD), self._buffers(ended.rows))
-            ended = self._write(number, ended)
+            held = (self.directory / part_name(ended.number)).with_suffix(_HELD)
+            ended.take_back(held, self._memory(ended.rows))
+            ended = self._write(ended)
         assert not isinstance(ended, _Part)  # the number of the first request is known
         return ended
 
