@@ -29,13 +29,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import rivals
 
-from tracekit.cli import ALLOCATOR
 from tracekit.synthetic import SynthTrace, synth
 
 if TYPE_CHECKING:
     from tracekit.metrics.measurement import Measurement
-
-os.environ.update(ALLOCATOR)  # as the command does it, for reading alone as well
 
 MAX_WINDOW, MAX_LAG = 8, 16
 HERE = Path(__file__).resolve().parent

@@ -5,7 +5,6 @@ The heavy libraries are imported by the verbs that need them, when they run: ``-
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -89,11 +88,6 @@ def command() -> None:
     """
 
 
-ALLOCATOR = {"_RJEM_MALLOC_CONF": "dirty_decay_ms:10000"}
-"""Read by Polars' allocator on Linux when it is loaded: keep freed memory for ten seconds instead of half a second. A
-pass frees and wants the same buffers again and again; asking the system for them anew costs it a tenth of its time."""
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -102,7 +96,5 @@ def main(args: Sequence[str] | None = None) -> int:
     args
         Arguments after the program's name; by default those of the process.
     """
-    for name, value in ALLOCATOR.items():
-        os.environ.setdefault(name, value)
     arguments = list(sys.argv[1:] if args is None else args)
     return guarded(lambda: command.main(args=arguments, prog_name="tracekit", standalone_mode=False))
