@@ -73,8 +73,7 @@ def headline(
             found["batches", "reduction_uniform", of_batch] = known(reduction, window)
             found["batches", "expert_ratio", of_batch] = known(observed / means["observed"][:, 0], window)
     found |= {key: known(v, lag + 1) for lag in lags for key, v in _at_lag(m, r, lag).items()}
-    counts = r.counts()
-    loads = [balance(counts[i], m.meta.top_k) for i in range(len(r))]
+    loads = [balance(counts, m.meta.top_k) for counts in r.counts()]
     for name in LOAD:
         by_layer = np.array([load[name] for load in loads])[..., None]
         found["load", name, None] = known(layer_mean(by_layer, layers)[:, 0], 1)
@@ -133,10 +132,9 @@ def _at_lag(m: Measurement, r: Replicates, lag: int) -> dict[Key, Floats]:
     overlap = mean(s.overlap_counts @ np.arange(1, k + 1) / k)
     found: dict[Key, Floats] = {("autocorr", "overlap", at): overlap}
     if lag == 1:
-        counts = r.counts()
         with np.errstate(invalid="ignore", divide="ignore"):
-            by_layer = np.square(counts / r.tokens(counts)[..., None]).sum(axis=-1) / k
-        popularity = layer_mean(by_layer[..., None], layers)[:, 0]
+            by_layer = [np.square(counts / r.tokens(counts)[:, None]).sum(axis=-1) / k for counts in r.counts()]
+        popularity = layer_mean(np.array(by_layer)[..., None], layers)[:, 0]
         request = mean(s.request_overlap_sum)
         found["autocorr", "rho", at] = _coefficient(overlap, popularity)
         found["autocorr", "rho_request", at] = _coefficient(overlap, request)

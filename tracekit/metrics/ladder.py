@@ -34,11 +34,9 @@ def ladder(r: Replicates) -> dict[str, Floats]:
     lengths = np.arange(1, r.spec.max_window + 1)
     shape = (len(r), len(r.meta.layers), len(lengths))
     s = r.state
-    counts = r.counts()
-    flat = counts.reshape(-1, counts.shape[-1])
     return {
         "uniform": np.broadcast_to(uniform(r.meta.num_experts, r.meta.top_k, lengths), shape),
-        "popularity": expected_unique(flat, r.tokens(flat), r.spec.max_window).reshape(shape),
+        "popularity": np.stack([expected_unique(c, r.tokens(c), r.spec.max_window) for c in r.counts()]),
         "label": r.label_union(),
         "request": r.ratio(s.request_union_sum, s.n_windows),
         "observed": r.ratio(s.union_sum, s.n_windows),

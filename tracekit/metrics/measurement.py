@@ -150,9 +150,9 @@ class Measurement:
             overlap = r.ratio((s.overlap_counts @ shared) / k, s.n_pairs)
             plain = r.plain()
             request = plain.ratio(s.request_overlap_sum, s.n_pairs)
-            counts = plain.counts()
+            (counts,) = plain.counts()
             with np.errstate(invalid="ignore", divide="ignore"):
-                popularity = (np.square(counts / plain.tokens(counts)[..., None]).sum(axis=-1) / k)[..., None]
+                popularity = (np.square(counts / plain.tokens(counts)[:, None]).sum(axis=-1) / k)[None, :, None]
             enough = self.drawable(r.group, self.spec.max_lag + 1)[1:] >= MIN_REQUESTS
             pairs = plain.total(s.n_pairs)
             pair_counts = plain.total(s.overlap_counts)

@@ -35,7 +35,7 @@ class Replicates:
 
     def total(self, sums: NDArray[Any]) -> NDArray[Any]:
         """Sum the group's cells of ``[C, …]``: ``[replicates, …]``."""
-        total = sums[self.members].sum(axis=0)
+        total = _summed(sums, self.members)
         return np.concatenate([total[None], total[None] - sums[self.left_out]])
 
     def ratio(self, sums: NDArray[Any], weights: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -44,16 +44,15 @@ class Replicates:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(denominator > 0, self.total(sums) / denominator, np.nan)
 
-    def counts(self) -> NDArray[np.int64]:
-        """Return the tokens that chose each expert in the whole trace, ``[replicates, L, N]``.
+    def counts(self) -> Iterator[NDArray[np.int64]]:
+        """Yield, for each replicate, the tokens that chose each expert in the whole trace, ``[L, N]``.
 
         Popularity is the trace's under every grouping; only the left-out requests are this group's.
         """
         total = self.state.counts.sum(axis=0)
-        out = np.repeat(total[None], len(self), axis=0)
-        for i, cell in enumerate(self.left_out, 1):
-            out[i] -= self.state.counts[self.cells.count_cell_of == cell].sum(axis=0)
-        return out
+        yield total
+        for cell in self.left_out:
+            yield total - self.state.counts[self.cells.count_cell_of == cell].sum(axis=0)
 
     def tokens(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the tokens behind ``[…, N]`` counts: each token chose k experts."""
@@ -110,11 +109,11 @@ class Replicates:
 
         All but ``uniform``, whose share needs no array; without those that the sums do not know.
         """
-        s, counts = self.state, self.counts()
+        s = self.state
         labels = self._label_shares() if self.cells.labels else None
         totals = [_summed(sums, self.members) for sums in (s.n_windows, s.expert_windows, s.request_expert_windows)]
-        for i in range(len(self)):
-            shares = {"popularity": self.presence(counts[i])}
+        for i, counts in enumerate(self.counts()):
+            shares = {"popularity": self.presence(counts)}
             if len(s.expert_windows):
                 n, observed, request = totals
                 if i:
