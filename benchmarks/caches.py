@@ -131,7 +131,7 @@ def main() -> None:
     times = run.timed(options.repeats, tasks, time.thread_time)
     table = run.Table()
     for name, timing in times.items():
-        table.add(name, timing.ids, timing.rate)
+        table.add(name, timing)
     lru, _, belady, *_, python = times.values()
     factor = python.slower_than(lru)
     bounds = [

@@ -52,6 +52,11 @@ class Timing:
         """Million ids a second."""
         return self.ids / self.median / 1e6
 
+    @property
+    def best(self) -> float:
+        """Million ids a second in the best round, in which others on the machine disturbed the least."""
+        return self.ids / min(self.seconds) / 1e6
+
     def slower_than(self, other: Timing) -> float:
         """Times the time per id of another that was timed in the same rounds: the median over the rounds."""
         scale = other.ids / self.ids
@@ -270,13 +275,13 @@ def main() -> None:
         raise SystemExit(f"{build} has less than {need / 1e9:.1f} GB free")
     table = Table()
     if seconds is not None:
-        table.add("generate the trace (`tk.synth`, one thread)", ids, ids / seconds / 1e6)
+        table.add("generate the trace (`tk.synth`, one thread)", Timing(ids, [seconds]))
 
     progress("ingesting")
     store = build / f"{folder.name}-store"
     runs = [child("ingest", store=str(store), folder=str(folder), num_experts=n) for _ in range(options.repeats)]
     ingested = Timing(ids, [r["seconds"] for r in runs])
-    table.add("ingest from `.npy`, fresh process", ids, ingested.rate, peak=max(r["peak"] for r in runs))
+    table.add("ingest from `.npy`, fresh process", ingested, peak=max(r["peak"] for r in runs))
 
     progress("rivals, once each")
     slice_store, slice_ids = sliced(folder, build, options.python_requests, n)
@@ -306,32 +311,36 @@ def main() -> None:
         "sql": f"DuckDB SQL: {best}, {min(options.sql_requests, options.requests)} requests",
     }
     for name, title in titles.items():
-        table.add(title, times[name].ids, times[name].rate)
+        table.add(title, times[name])
     for variant, timing in once.items():
         if variant != best:
-            table.add(f"DuckDB SQL: {variant}, once", sql_ids, timing.rate)
+            table.add(f"DuckDB SQL: {variant}, once", timing)
 
     progress("memory")
     peaks = {1: child("measure", store=str(store), intervals=True)["peak"]}
-    table.add("one pass with intervals, fresh process", ids, None, peak=peaks[1])
+    table.add_peak("one pass with intervals, fresh process", ids, peaks[1])
     if options.grow:
         big = build / f"{folder.name}-x4-store"
         links = replicated(folder, 4)
         run = child("ingest", store=str(big), folder=str(links), num_experts=n)
-        table.add("ingest of 4 times as much", 4 * ids, 4 * ids / run["seconds"] / 1e6, peak=run["peak"])
+        table.add("ingest of 4 times as much", Timing(4 * ids, [run["seconds"]]), peak=run["peak"])
         peaks[4] = child("measure", store=str(big), intervals=True)["peak"]
-        table.add("one pass with intervals over 4 times as much, fresh process", 4 * ids, None, peak=peaks[4])
+        table.add_peak("one pass with intervals over 4 times as much, fresh process", 4 * ids, peaks[4])
         shutil.rmtree(links)
         shutil.rmtree(big)
 
     bounds: list[tuple[str, float | str, str]] = [
-        ("one pass with Jaccard, any-shared and rank-0, M IDs/s", times["all"].rate, "≥ 300"),
-        ("one pass without rank-0, M IDs/s", times["no rank-0"].rate, "≥ 500 (without Jaccard and any-shared either)"),
+        ("one pass with Jaccard, any-shared and rank-0, M IDs/s", median_and_best(times["all"]), "≥ 300"),
+        (
+            "one pass without rank-0, M IDs/s",
+            median_and_best(times["no rank-0"]),
+            "≥ 500 (without Jaccard and any-shared either)",
+        ),
         ("its time over the time of reading", times["no rank-0"].slower_than(times["read"]), "≤ 4"),
         ("intervals add", f"{100 * (times['intervals'].slower_than(times['all']) - 1):.0f} %", "≤ 20 %"),
         ("times as fast as Python sets", times["sets"].slower_than(times["no rank-0"]), "≥ 500"),
         ("times as fast as the best SQL", times["sql"].slower_than(times["no rank-0"]), "≥ 50"),
-        ("ingest, M IDs/s", ingested.rate, "≥ 80"),
+        ("ingest, M IDs/s", median_and_best(ingested), "≥ 80"),
         ("peak memory of a pass, GB", f"{peaks[1] / 1e9:.2f}", "≤ 1.5"),
     ]
     if 4 in peaks:
@@ -362,14 +371,23 @@ def rival_sql(
     return statements, ids
 
 
+def median_and_best(timing: Timing) -> str:
+    return f"{timing.rate:.0f}, best round {timing.best:.0f}"
+
+
 class Table:
     def __init__(self) -> None:
         self.rows: list[tuple[str, ...]] = []
 
-    def add(self, what: str, ids: int, rate: float | None, *, peak: int | None = None) -> None:
-        shown = "" if rate is None else f"{rate:,.0f}" if rate >= 20 else f"{rate:.2f}"
-        took = "" if rate is None else f"{ids / rate / 1e6:,.2f}"
-        self.rows.append((what, f"{ids / 1e6:,.1f}", took, shown, "" if peak is None else f"{peak / 1e9:.2f}"))
+    def add(self, what: str, timing: Timing, *, peak: int | None = None) -> None:
+        rates = [f"{rate:,.0f}" if rate >= 20 else f"{rate:.2f}" for rate in (timing.rate, timing.best)]
+        self._add(what, timing.ids, f"{timing.median:,.2f}", *rates, peak=peak)
+
+    def add_peak(self, what: str, ids: int, peak: int) -> None:
+        self._add(what, ids, "", "", "", peak=peak)
+
+    def _add(self, what: str, ids: int, *cells: str, peak: int | None) -> None:
+        self.rows.append((what, f"{ids / 1e6:,.1f}", *cells, "" if peak is None else f"{peak / 1e9:.2f}"))
 
     def render(self, bounds: list[tuple[str, float | str, str]], repeats: int) -> str:
         lines = [
@@ -377,7 +395,7 @@ class Table:
             "",
         ]
         lines += [f"{line}." for line in machine()]
-        lines += ["", "| what | M IDs | seconds | M IDs/s | peak GB |", "|---|---:|---:|---:|---:|"]
+        lines += ["", "| what | M IDs | seconds | M IDs/s | best round | peak GB |", "|---|---:|---:|---:|---:|---:|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
         lines += ["", "| bound | measured | wanted |", "|---|---:|---|"]
         lines += [f"| {a} | {b if isinstance(b, str) else f'{b:,.1f}'} | {c} |" for a, b, c in bounds]
@@ -391,7 +409,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=58)
     parser.add_argument("--num-experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--python-requests", type=int, default=4, help="requests that the Python sets get (default 4)")
     parser.add_argument("--sql-requests", type=int, default=100, help="requests that DuckDB gets (default 100)")
     parser.add_argument("--grow", action="store_true", help="measure peak memory at 4 times the size as well")

@@ -52,7 +52,10 @@ class Replicates:
         total = self.state.counts.sum(axis=0)
         yield total
         for cell in self.left_out:
-            yield total - self.state.counts[self.cells.count_cell_of == cell].sum(axis=0)
+            rest = total
+            for mine in np.flatnonzero(self.cells.count_cell_of == cell):
+                rest = rest - self.state.counts[mine]
+            yield rest
 
     def tokens(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the tokens behind ``[…, N]`` counts: each token chose k experts."""
