@@ -139,7 +139,7 @@ def _changes(values: NDArray[Any]) -> NDArray[np.int64]:
 def counting(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> bytes:
     """Return numbers that count up, run after run, as DELTA_BINARY_PACKED.
 
-    Within a run the difference is 1, and a block of such takes a few bytes. A block in which a run begins holds its
+    Within a run the difference is 1, and a block of such takes a few bytes. A block that leaps to a new run holds its
     differences above the least one of the file, all in as many bytes as the greatest takes.
 
     Parameters
@@ -147,7 +147,6 @@ def counting(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> bytes:
     first, lengths
         ``[runs]`` first number of each run, of 32 unsigned bits, and how many there are.
     """
-    first, lengths = first[lengths > 0], lengths[lengths > 0]
     rows = int(lengths.sum())
     head = varint(_BLOCK) + varint(_MINIBLOCKS) + varint(rows)
     if not rows:
@@ -160,20 +159,19 @@ def counting(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> bytes:
     above = np.full((len(blocks), _BLOCK), 1 - least, np.uint32)
     above[block_of, at % _BLOCK] = (steps.astype(np.int64) - least).astype(np.uint32)
     size = next(size for size in (1, 2, 4) if int(above.max(initial=0)) < 1 << (8 * size))
-    plain = _zigzag(1) + bytes(_MINIBLOCKS)
-    start = _zigzag(least) + bytes([8 * size] * _MINIBLOCKS)
+    plain = np.frombuffer(_zigzag(1) + bytes(_MINIBLOCKS), np.uint8)
+    start = np.frombuffer(_zigzag(least) + bytes([8 * size] * _MINIBLOCKS), np.uint8)
+    leaping = np.zeros(-(-(rows - 1) // _BLOCK), bool)
+    leaping[blocks] = True
     width = len(start) + _BLOCK * size
-    widths = np.full(-(-(rows - 1) // _BLOCK), len(plain))
-    widths[blocks] = width
-    begin = np.cumsum(widths) - widths
-    out = np.zeros(widths.sum(), np.uint8)
-    out[begin] = plain[0]  # the bytes after it are 0
-    where = begin[blocks, None] + np.arange(width)
-    out[where[:, : len(start)]] = np.frombuffer(start, np.uint8)
-    out[where[:, len(start) :]] = above.astype(f"<u{size}").view(np.uint8)
-    if len(blocks) and blocks[-1] == len(widths) - 1:  # the last block ends with the last piece that is used
+    of_leaping = np.repeat(leaping, np.where(leaping, width, len(plain)))
+    out = np.empty(len(of_leaping), np.uint8)
+    out[~of_leaping] = np.tile(plain, len(leaping) - len(blocks))
+    values = above.astype(f"<u{size}").view(np.uint8)
+    out[of_leaping] = np.hstack([np.broadcast_to(start, (len(blocks), len(start))), values]).ravel()
+    if leaping[-1:].any():  # the last block ends with the last piece that is used
         unused = _MINIBLOCKS - -(-((rows - 1) % _BLOCK or _BLOCK) // (_BLOCK // _MINIBLOCKS))
-        end_of_head = int(begin[-1]) + len(start)
+        end_of_head = len(out) - _BLOCK * size
         out[end_of_head - unused : end_of_head] = 0
         out = out[: len(out) - unused * size * (_BLOCK // _MINIBLOCKS)]
     return head + out.tobytes()
