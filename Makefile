@@ -84,7 +84,7 @@ test-capture: $(CAPTURE)/installed
 # The lower bounds in pyproject.toml are a promise. Newer Pythons than this have no wheels of them.
 OLDEST := build/oldest
 OLDEST_PYTHON ?= python3.11
-CORE := cli tables metrics store storage queries charts report samples sources_arrays sources_responses
+CORE := cli tables metrics store store_parts storage queries charts report samples sources_arrays sources_responses
 
 $(OLDEST)/installed: pyproject.toml
 	@rm -rf $(OLDEST) && mkdir -p $(OLDEST)
